@@ -1,0 +1,1 @@
+"""A lab for image diffusion models; see README.md."""

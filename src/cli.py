@@ -1,0 +1,134 @@
+"""What all commands share: Hydra around a function, and a user's mistake as one sentence with exit code 2.
+
+A command is a function of its resolved configuration (plain containers) and the folder it may write to:
+
+    main = command("train", schema)(function)
+
+`run=<folder>` makes the settings of that run the defaults of the command: see `inherit`.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from src.build import check, check_arguments, unknown_key
+from src.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+Task = Callable[[dict[str, Any], Path], Any]
+Inherit = Callable[[dict[str, Any], list[str]], list[str]]
+
+
+def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[], None]:
+    """The entry point of `python -m src.<name>`.
+
+    Args:
+        name: of the primary configuration, conf/<name>.yaml.
+        schema: a class whose constructor names and types the keys at the configuration's root.
+        task: is called once a job with the configuration and the job's folder, which exists.
+        inherit: the overrides to put before the user's, given the configuration of the run that `run=` names and
+            the user's overrides.
+    """
+    job = functools.partial(_job, task, schema)
+    functools.update_wrapper(job, task)
+
+    def main() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit 1 for
+        _job.started = False  # type: ignore[attr-defined]
+        try:
+            sys.argv[1:] = _with_inherited(sys.argv[1:], inherit)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        except UserError as error:
+            _fail(str(error))
+        except (HydraException, OmegaConfBaseException) as error:
+            _fail(_explain(error))
+        except OSError as error:
+            if _job.started:  # type: ignore[attr-defined]
+                raise
+            _fail(f"the output folder cannot be made: {error}; choose another with hydra.run.dir=<folder>")
+
+    return main
+
+
+def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
+    _job.started = True  # type: ignore[attr-defined]
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        try:
+            plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error)) from error
+        check_arguments(schema, plain, "")
+        check(plain, "")
+        return task(plain, run_dir)
+    except UserError as error:
+        _remove_if_empty(run_dir)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the sweep goes on, and ends with this error
+        _fail(str(error))
+
+
+def plain_value(value: Any) -> str:
+    """A value as Hydra's override grammar reads it."""
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(plain_value, value))}]"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
+    """argv with the overrides that `run=` brings put in front.
+
+    Raises:
+        UserError: when `run=` names nothing that holds a run.
+    """
+    overrides = [argument for argument in argv if not argument.startswith("-")]
+    values = [override.partition("=")[2] for override in overrides if override.startswith("run=")]
+    if not values or "," in values[-1] or values[-1] in ("", "null"):
+        return argv
+    from src.runs import Run
+
+    run = Run(values[-1].strip("'\""))
+    return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
+
+
+def _explain(error: BaseException) -> str:
+    """One sentence for what Hydra or OmegaConf refused."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        names = [str(name).removesuffix(".yaml") for name in error.options]
+        return unknown_key(f"{group}={option}", option, names).replace("there is no setting", "there is no option")
+    cause = error
+    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        cause = cause.__cause__  # type: ignore[assignment]
+    if cause is not None and cause.parent_node is not None and OmegaConf.is_dict(cause.parent_node):
+        names = [str(name) for name in cause.parent_node if name != "hydra"]
+        return unknown_key(str(cause.full_key), str(cause.key), names)
+    return " ".join(str(error).split())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Removes a folder that holds nothing, and the parents that it leaves empty, up to the working directory."""
+    try:
+        while folder != Path.cwd() and folder.name != "outputs":
+            folder.rmdir()
+            folder = folder.parent
+    except OSError:  # not empty, or not ours to remove
+        return
+
+
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,133 @@
+"""The LightningDataModule of every image set."""
+
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+
+from src.data.loader import EvalLoader, TrainLoader
+from src.data.sources import ImageSet, Source
+from src.errors import UserError
+from src.randomness import generator, mix
+
+
+class ImageDataModule(LightningDataModule):
+    """Images in memory as uint8, on the training device when they fit; see `TrainLoader` for order and flips.
+
+    Args:
+        source: where the images come from.
+        dir: folder of the image files.
+        channels, image_size: what the images must be; networks are built from these before any image is read.
+        batch_size: images a device and step.
+        flip: mirror each training image with probability 1/2.
+        val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
+            by a fixed seed, where there is none.
+        pad: pixels of black border on each side.
+        seed: of the training order.
+
+    Raises:
+        UserError: when the images cannot be read, are not of the stated shape, or do not fill a batch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        dir: str,
+        channels: int,
+        image_size: int | tuple[int, int],
+        batch_size: int,
+        flip: bool,
+        val_images: int,
+        pad: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or val_images < 1 or pad < 0:
+            raise ValueError(
+                f"batch_size={batch_size} and val_images={val_images} must be at least 1, pad={pad} at least 0"
+            )
+        self.source = source
+        self.dir = Path(dir)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = (channels, height, width)
+        self.batch_size = batch_size
+        self.flip = flip
+        self.val_images = val_images
+        self.pad = pad
+        self.seed = seed
+        self._batches_done = 0
+        self._loaded = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the images, once."""
+        if self._loaded:
+            return
+        train, val = self.source.load(self.dir)
+        if val is None:
+            if self.val_images >= len(train):
+                raise UserError(f"data.val_images={self.val_images} leaves nothing of {len(train)} images to train on")
+            order = torch.randperm(len(train), generator=generator(mix(0x5917), 0))
+            train, val = train[order[self.val_images :].sort().values], train[order[: self.val_images].sort().values]
+        else:
+            val = val[: self.val_images]
+        self.train, self.val = self._finish(train), self._finish(val)
+        if self.batch_size > len(self.train):
+            raise UserError(
+                f"data.batch_size={self.batch_size} is more than the {len(self.train)} training images; "
+                f"choose a smaller batch"
+            )
+        self._loaded = True
+
+    def _finish(self, data: ImageSet) -> ImageSet:
+        images = torch.nn.functional.pad(data.images, [self.pad] * 4) if self.pad else data.images
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise UserError(
+                f"the images are {_shape(tuple(images.shape[1:]))}, not {_shape(self.image_shape)} as data.channels "
+                f"and data.image_size say; set those to what the images are"
+            )
+        return ImageSet(images, data.labels)
+
+    def train_dataloader(self) -> TrainLoader:
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        data = self.train
+        if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
+            data = ImageSet(data.images.to(device), data.labels.to(device))
+        if self.batch_size * self.trainer.world_size > len(data):
+            raise UserError(
+                f"{self.trainer.world_size} devices of data.batch_size={self.batch_size} take more than the "
+                f"{len(data)} training images a step; choose a smaller batch"
+            )
+        return TrainLoader(
+            data,
+            device,
+            self.batch_size,
+            self.flip,
+            self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            start=self._batches_done,
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        assert self.trainer is not None
+        return EvalLoader(
+            self.val,
+            self.trainer.strategy.root_device,
+            self.batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The loader's position: batches that training has consumed."""
+        assert self.trainer is not None
+        return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._batches_done = state_dict["batches_done"]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"

@@ -1,0 +1,77 @@
+"""Gaussian diffusion = schedule + objective + weighting + density: the forward process, the loss and the denoiser.
+
+Networks are called as net(x_t, t) with x_t (B, C, H, W) and t (B,), and return F of the same shape as x_t.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.diffusion.objectives import Objective
+from src.diffusion.samplers import Denoiser
+from src.diffusion.schedules import DiscreteSchedule, Level
+
+
+class Network(Protocol):
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
+
+
+class Weighting(Protocol):
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class Density(Protocol):
+    def __call__(self, batch: int, device: torch.device) -> Tensor: ...
+
+
+class GaussianDiffusion:
+    """The parts that define a diffusion model, network aside."""
+
+    def __init__(
+        self, schedule: DiscreteSchedule, objective: Objective, weighting: Weighting, density: Density
+    ) -> None:
+        self.schedule = schedule
+        self.objective = objective
+        self.weighting = weighting
+        self.density = density
+
+    def draw_t(self, batch: int, device: torch.device) -> Tensor:
+        """Times for a training batch, (batch,)."""
+        return self.schedule.time(self.density(batch, device))
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0): alpha_t x0 + sigma_t noise (Eq. 4, Ho et al. 2020).
+
+        Args:
+            x0: (B, C, H, W) in [-1, 1].
+            t: (B,) int64 in [0, T).
+            noise: (B, C, H, W) standard normal.
+        """
+        alpha, sigma = self._level(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def p_losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each image, (B,): w mean((F - (a x0 + b eps))^2) over C, H, W.
+
+        With the eps objective and w = 1 its mean over the batch is L_simple (Eq. 14, Ho et al. 2020).
+        """
+        alpha, sigma = self._level(t, x0)
+        x_t = alpha * x0 + sigma * noise
+        F = net(x_t, t).float()
+        error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
+        return self.weighting(alpha.flatten(), sigma.flatten()) * error
+
+    def denoiser(self, net: Network) -> Denoiser:
+        """The network as samplers use it: E[x0 | x_t], (B, C, H, W), for a batch whose images are all at one level."""
+
+        def denoise(x_t: Tensor, level: Level) -> Tensor:
+            t = torch.full((len(x_t),), level.t, device=x_t.device)
+            return self.objective.x0(x_t, net(x_t, t).to(x_t.dtype), level.alpha, level.sigma)
+
+        return denoise
+
+    def _level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.schedule.level(t)
+        shape = (-1, *[1] * (like.ndim - 1))
+        return alpha.view(shape), sigma.view(shape)

@@ -1,0 +1,1 @@
+"""Samples from trained models, and what they are worth."""

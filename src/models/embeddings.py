@@ -1,0 +1,56 @@
+"""How a network is told the noise level."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SinusoidalEmbedding(nn.Module):
+    """[sin(t f), cos(t f)] with f_i = max_period^(-i / (dim / 2 - 1)), i = 0 ... dim / 2 - 1.
+
+    The convention of Ho et al. 2020, who follow Vaswani et al. 2017 (Sec. 3.5): sines first, the last frequency is
+    exactly 1 / max_period. ADM has cosines first and divides by dim / 2; weights of one do not fit the other.
+
+    Args:
+        dim: size of the embedding, even and at least 4.
+
+    Raises:
+        ValueError: when dim is odd or smaller than 4.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, max_period: float = 10000.0) -> None:
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"an embedding of {dim} numbers is not possible; choose an even number from 4")
+        half = dim // 2
+        frequencies = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, dtype=torch.float64))
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) to (B, dim) float32; t * f is rounded to float32 even where the network is in bfloat16."""
+        angles = t.float()[:, None] * self.frequencies.float()
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def check_divisible(image_size: tuple[int, int], factor: int, network: str) -> None:
+    """Refuses image sizes that a network, which halves them log2(factor) times, cannot restore.
+
+    Raises:
+        ValueError: naming the nearest sizes that divide.
+    """
+    for size in image_size:
+        if size < factor or size % factor:
+            below, above = size // factor * factor, (size // factor + 1) * factor
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"{network} cannot halve images of {image_size[0]}x{image_size[1]}: sizes must be multiples of "
+                f"{factor}, the nearest to {size}: {nearest}; resize or pad the images, or use fewer levels"
+            )
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,90 @@
+"""The tutorial's U-Net: three blocks down, three blocks up, skips, and the time in every block.
+
+It is here to be read, and to be broken: `skip_connections=False` feeds zeros where the skips were, and
+`time_conditioning=False` adds zeros where the time was, so that a broken network has the parameters of a whole one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; the time embedding is added between them, (B, C, H, W) to (B, D, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_emb_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, out_channels)
+        self.time = nn.Linear(time_emb_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        x = x + self.time(time)[:, :, None, None]
+        return self.act(self.norm2(self.conv2(x)))
+
+
+class SimpleUNet(nn.Module):
+    """The tutorial's U-Net.
+
+    Args:
+        channels: image channels.
+        image_size: height and width, or one number for both; multiples of 8.
+        hidden_dims: channels of the first block; the next two have twice and four times as many; a multiple of 8.
+        time_emb_dim: size of the time embedding.
+        skip_connections: hand each encoder block's output to its decoder block.
+        time_conditioning: tell the network t.
+
+    Raises:
+        ValueError: for sizes that cannot be halved three times, or hidden_dims that 8 does not divide.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        hidden_dims: int = 64,
+        time_emb_dim: int = 256,
+        skip_connections: bool = True,
+        time_conditioning: bool = True,
+    ) -> None:
+        super().__init__()
+        check_divisible(as_pair(image_size), 8, "simple_unet")
+        if hidden_dims < 8 or hidden_dims % 8:
+            raise ValueError(
+                f"hidden_dims={hidden_dims} must be a multiple of 8, the number of groups of its GroupNorm"
+            )
+        self.skip_connections = skip_connections
+        self.time_conditioning = time_conditioning
+        d1, d2, d3 = hidden_dims, 2 * hidden_dims, 4 * hidden_dims
+        self.time_embedding = nn.Sequential(
+            SinusoidalEmbedding(time_emb_dim), nn.Linear(time_emb_dim, time_emb_dim), nn.SiLU()
+        )
+        self.encoder = nn.ModuleList(
+            [Block(channels, d1, time_emb_dim), Block(d1, d2, time_emb_dim), Block(d2, d3, time_emb_dim)]
+        )
+        self.down = nn.MaxPool2d(2)
+        self.middle = Block(d3, d3, time_emb_dim)
+        self.up = nn.ModuleList([nn.ConvTranspose2d(d, d, 2, stride=2) for d in (d3, d2, d1)])
+        self.decoder = nn.ModuleList(
+            [Block(2 * d3, d2, time_emb_dim), Block(2 * d2, d1, time_emb_dim), Block(2 * d1, d1, time_emb_dim)]
+        )
+        self.out = nn.Conv2d(d1, channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self.time_embedding(t)
+        if not self.time_conditioning:
+            time = torch.zeros_like(time)
+        skips = []
+        for block in self.encoder:
+            x = block(x, time)
+            skips.append(x if self.skip_connections else torch.zeros_like(x))
+            x = self.down(x)
+        x = self.middle(x, time)
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(torch.cat([up(x), skips.pop()], dim=1), time)
+        return self.out(x)

@@ -1,0 +1,136 @@
+"""A run on disk: its folder, its configuration, and the network rebuilt from them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.build import build
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from src.diffusion.gaussian import GaussianDiffusion
+
+CONFIG = "config.yaml"
+LAST = Path("checkpoints", "last.ckpt")
+BEST = Path("checkpoints", "best.ckpt")
+
+
+class Run:
+    """What `run=` names: a run folder, or a checkpoint.
+
+    Attributes:
+        folder: the run's folder; of a checkpoint outside one, the folder that it lies in.
+        checkpoint: the file with the weights; may not exist yet in a folder whose run has just begun.
+        config: the resolved configuration, plain containers.
+
+    Raises:
+        UserError: when there is no run at the path.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if path.is_dir():
+            self.folder, self.checkpoint = path, path / LAST
+        elif path.is_file() and path.suffix == ".ckpt":
+            inside = path.resolve().parent.name == LAST.parent.name
+            self.folder, self.checkpoint = (path.parent.parent if inside else path.parent), path
+        else:
+            raise UserError(f"run={path} is neither a run folder nor a .ckpt file; runs lie in outputs/<experiment>/")
+        config = self._config()
+        if not isinstance(config, dict) or "model" not in config:
+            raise UserError(
+                f"run={path} is not a run: it has no {CONFIG} that a training wrote; runs lie in outputs/<experiment>/"
+            )
+        self.config: dict[str, Any] = config
+
+    def _config(self) -> Any:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        if (self.folder / CONFIG).is_file():
+            try:
+                return OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG))
+            except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+                raise UserError(f"{self.folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+        return self.load_checkpoint().get("config") if self.checkpoint.is_file() else None
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint, on the CPU; never executes what it holds.
+
+        Raises:
+            UserError: when it is missing, damaged, or not a checkpoint of this project.
+        """
+        import torch
+
+        if not self.checkpoint.is_file():
+            raise UserError(f"{self.folder} holds no checkpoint yet: {self.checkpoint} does not exist; train it first")
+        try:
+            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling damaged bytes raises anything
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise UserError(f"{self.checkpoint} is damaged or not a checkpoint ({reason}); use another one") from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "ema", "config"} <= checkpoint.keys():
+            raise UserError(
+                f"{self.checkpoint} is not a checkpoint that src.train wrote; use one from <run>/checkpoints"
+            )
+        return checkpoint
+
+    def load_net(self, weights: str) -> "nn.Module":
+        """The network with the "ema" or the "raw" weights of the checkpoint, in eval mode on the CPU.
+
+        Raises:
+            UserError: when the checkpoint is missing, damaged or of another architecture.
+        """
+        checkpoint = self.load_checkpoint()
+        net = build_net(self.config)
+        state = checkpoint["ema"] if weights == "ema" else net_state(checkpoint["state_dict"])
+        check_architecture(net, state, self.checkpoint)
+        net.load_state_dict(state)
+        return net.eval()
+
+
+def build_net(config: dict[str, Any]) -> "nn.Module":
+    """The network that a configuration describes, freshly initialised."""
+    return build(config["model"], "model")
+
+
+def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
+    """Schedule, objective, weighting and density that a configuration describes."""
+    from src.diffusion.gaussian import GaussianDiffusion
+
+    return GaussianDiffusion(*(build(config[part], part) for part in ("schedule", "objective", "weighting", "density")))
+
+
+def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a run."""
+    size = config["data"]["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["data"]["channels"], height, width
+
+
+def net_state(state_dict: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """The network's part of the LightningModule's state."""
+    return {key.removeprefix("net."): value for key, value in state_dict.items() if key.startswith("net.")}
+
+
+def check_architecture(net: "nn.Module", state: dict[str, "Tensor"], checkpoint: Path) -> None:
+    """Compares names and shapes before anything is loaded.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    expected = net.state_dict()
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "the network that the configuration describes" if key in state else "the checkpoint"
+            raise UserError(
+                f"{checkpoint} is of another architecture: {where} has no {key}; use the configuration it was trained "
+                f"with"
+            )
+        if state[key].shape != expected[key].shape:
+            raise UserError(
+                f"{checkpoint} is of another architecture: {key} is {list(state[key].shape)} there and "
+                f"{list(expected[key].shape)} in the configuration; use the configuration it was trained with"
+            )

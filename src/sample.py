@@ -1,0 +1,44 @@
+"""Draws samples from a trained model: python -m src.sample run=<run folder or .ckpt> [sampler=...] [key=value] ..."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from src.cli import command, plain_value
+
+
+@dataclass
+class SampleConfig:
+    """The keys at the root of conf/sample.yaml."""
+
+    run: str
+    out: str
+    sampler: dict
+    num_samples: int
+    batch_size: int
+    seed: int
+    weights: Literal["ema", "raw"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["32-true", "bf16-mixed"]
+    trajectory: bool
+
+
+def sample(config: dict[str, Any], out: Path) -> None:
+    """Writes grid.png and samples.npz, and with trajectory=true a strip and an animation, into `out`."""
+    from src.evaluation.sampling import draw
+
+    draw(config, out)
+
+
+def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Where no sampler is asked for, the run's own."""
+    if any(override.startswith("sampler=") for override in overrides) or "sampler" not in run:
+        return []
+    settings = [f"sampler.{k}={plain_value(v)}" for k, v in run["sampler"].items() if k != "_target_"]
+    return [f"sampler={run['choices']['sampler']}", *settings]
+
+
+main = command("sample", SampleConfig, sample, inherit)
+
+if __name__ == "__main__":
+    main()

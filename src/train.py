@@ -1,0 +1,57 @@
+"""Trains a diffusion model: python -m src.train [group=option] [key=value] ..."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.cli import command, plain_value
+
+
+@dataclass
+class TrainConfig:
+    """The keys at the root of conf/train.yaml."""
+
+    name: str
+    seed: int
+    run: str | None
+    overrides: list[str]
+    choices: dict
+    schedule: dict
+    objective: dict
+    weighting: dict
+    density: dict
+    model: dict
+    sampler: dict
+    data: dict
+    optimizer: dict
+    lr_schedule: dict
+    trainer: dict
+    callbacks: dict
+    logger: dict
+
+
+def train(config: dict[str, Any], run_dir: Path) -> float:
+    """Trains in `run_dir`, or continues the run that config["run"] names in its own folder.
+
+    Returns:
+        val/loss_ema at the end: the number that a sweep compares.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from src.training.fit import fit
+
+    config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return fit(config, run_dir, sweep=Path(HydraConfig.get().sweep.dir).name if sweep else None)
+
+
+def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
+    """A continued run starts from the overrides that it was started with, in its own folder."""
+    return [*run["overrides"], f"hydra.run.dir={plain_value(run['run_dir'])}"]
+
+
+main = command("train", TrainConfig, train, inherit)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Checkpoints: plain containers and tensors, written so that a reader sees the old file or the new one, never half."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from src.files import replacing
+from src.runs import BEST, LAST
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary in the same folder, flushes it to the disk, and renames it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Checkpoint(Callback):
+    """Keeps checkpoints/last.ckpt, every so many steps and at the end, and checkpoints/best.ckpt, by val/loss_ema.
+
+    Args:
+        run_dir: the run's folder.
+        config: the resolved configuration, kept in the checkpoint so that the file alone rebuilds the model.
+        every_n_steps: optimiser steps between two saves of last.ckpt.
+
+    Raises:
+        ValueError: when every_n_steps is less than 1.
+    """
+
+    MONITOR = "val/loss_ema"
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], every_n_steps: int = 1000) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.run_dir = run_dir
+        self.config = config
+        self.every_n_steps = every_n_steps
+        self.best = float("inf")
+        self._saved_step = -1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._saved_step:
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = float(trainer.callback_metrics[self.MONITOR])
+        if not trainer.sanity_checking and loss < self.best:
+            self.best = loss
+            trainer.save_checkpoint(self.run_dir / BEST)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_step:
+            self._save_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.run_dir / LAST)
+        self._saved_step = trainer.global_step
+
+    # The best loss so far survives a resume; the configuration goes along for readers of the file.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config

@@ -1,0 +1,123 @@
+"""Trackers beside metrics.csv. Each function makes the Lightning logger of one option of conf/logger."""
+
+import netrc
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from src.errors import UserError
+
+WANDB_ID = "wandb_id.txt"
+
+
+def none(run_dir: Path, config: dict[str, Any], group: str | None) -> None:
+    """No tracker; metrics.csv is written whatever is chosen."""
+
+
+def tensorboard(run_dir: Path, config: dict[str, Any], group: str | None) -> Logger:
+    """TensorBoard event files in <run>/tensorboard."""
+    return TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="")
+
+
+def wandb(
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str | None,
+    project: str = "diffusion-lab",
+    entity: str | None = None,
+    tags: list[str] | tuple[str, ...] = (),
+) -> Logger:
+    """A W&B run of its own, in the sweep's group; offline, with how to sync, when there is no key or no network.
+
+    The run's id is kept in the run's folder, so that a resumed run continues the same W&B run.
+    """
+    import wandb as wb
+
+    offline = _offline_reason()
+    id_file = run_dir / WANDB_ID
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+    try:
+        run = wb.init(
+            project=project,
+            entity=entity,
+            group=group,
+            tags=list(tags),
+            name=f"{config['name']}/{run_dir.name}",
+            id=run_id,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+            mode="offline" if offline else "online",
+            settings=wb.Settings(init_timeout=30, console="off", silent=True),
+        )
+    except wb.errors.Error as error:
+        raise UserError(f"W&B refuses to start ({error}); use logger=none, or WANDB_MODE=offline") from error
+    id_file.write_text(run_id + "\n")
+    if offline:
+        print(f"W&B is offline ({offline}); later: wandb sync {Path(run.dir).parent}")
+    return WandbLogger(experiment=run, save_dir=run_dir)
+
+
+def finish_wandb(exit_code: int) -> None:
+    """Ends the process's W&B run, if there is one, so that the next job of a sweep begins its own."""
+    wb = sys.modules.get("wandb")
+    if wb is not None and wb.run is not None:
+        wb.finish(exit_code=exit_code)
+
+
+def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
+    """Hands a uint8 image, (C, H, W), to a tracker that takes images."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, image, step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [image.permute(1, 2, 0).numpy()], step=step)
+
+
+def log_summary(logger: Logger, summary: dict[str, Any]) -> None:
+    """Hands the run's summary to a tracker."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text("summary", "\n".join(f"    {k}: {v}" for k, v in summary.items()))
+    elif isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(summary)
+
+
+def log_config(logger: Logger, config: dict[str, Any]) -> None:
+    """Hands the configuration to a tracker that has not got it yet."""
+    if isinstance(logger, TensorBoardLogger):
+        from omegaconf import OmegaConf
+
+        logger.experiment.add_text(
+            "config", "\n".join(f"    {line}" for line in OmegaConf.to_yaml(config).splitlines())
+        )
+
+
+def _offline_reason() -> str | None:
+    """Why W&B cannot be online; None when it can. Takes three seconds at most."""
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    if not _has_api_key(host):
+        return "no API key: set WANDB_API_KEY or run `wandb login`"
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError as error:
+        return f"{host} cannot be reached: {error}"
+    return None
+
+
+def _has_api_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

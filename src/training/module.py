@@ -1,0 +1,118 @@
+"""The LightningModule: the network, the diffusion, and one optimiser step."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from src.data.loader import Batch
+from src.diffusion.gaussian import GaussianDiffusion
+from src.randomness import NoiseStream, mix
+from src.training.ema import EMA
+from src.training.lr import Constant
+
+GOLDEN_RATIO = 0.6180339887498949
+QUARTERS = 4
+
+
+class DiffusionModule(LightningModule):
+    """Trains a network on p_losses; validates raw and averaged weights on fixed images, noise and times.
+
+    Args:
+        net: called as net(x_t, t).
+        diffusion: schedule, objective, weighting and density.
+        optimizer: makes the optimiser from the parameters.
+        lr_schedule: factor on the learning rate at (step, max_steps).
+        gradient_clip_norm: largest norm of the whole gradient; None for no clipping.
+        ema: the average to validate beside the raw weights.
+        seed: all randomness of a step follows from (seed, step, rank).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        diffusion: GaussianDiffusion,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        lr_schedule: Constant,
+        gradient_clip_norm: float | None,
+        ema: EMA,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.diffusion = diffusion
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.gradient_clip_norm = gradient_clip_norm
+        self.ema = ema
+        self.seed = seed
+        self.grad_norm: Tensor | None = None
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """See `GaussianDiffusion.q_sample`."""
+        return self.diffusion.q_sample(x0, t, noise)
+
+    def p_losses(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """See `GaussianDiffusion.p_losses`: the loss of each image, (B,)."""
+        return self.diffusion.p_losses(self.net, x0, t, noise)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        accumulate = self.trainer.accumulate_grad_batches
+        micro_step = self.global_step * accumulate + batch_idx % accumulate
+        torch.manual_seed((mix(self.seed, self.global_rank) + micro_step) % 2**32)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x0 = batch.x0
+        t = self.diffusion.draw_t(len(x0), x0.device)
+        return self.p_losses(x0, t, torch.randn_like(x0)).mean()
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, 1 + QUARTERS, dtype=torch.float64)  # loss of raw and EMA: in all, by quarter of t
+        self._counts = torch.zeros(1 + QUARTERS, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        x0 = batch.x0
+        index = batch.index.tolist()
+        noise = NoiseStream(0, index, tuple(x0.shape[1:]), x0.device).first
+        # Image i is asked at u_i = frac(i phi): fixed, and evenly spread over t however many images there are.
+        u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1.0 for i in index])
+        t = self.diffusion.schedule.time(u).to(x0.device)
+        bins = torch.nn.functional.one_hot((u * QUARTERS).long(), QUARTERS).double()
+        bins = torch.cat([torch.ones(len(index), 1, dtype=torch.float64), bins], dim=1)
+        self._counts += bins.sum(0)
+        raw: AbstractContextManager[None] = nullcontext()
+        for row, weights in enumerate((raw, self.ema.swapped())):
+            with weights:
+                self._sums[row] += self.p_losses(x0, t, noise).double().cpu() @ bins
+
+    def on_validation_epoch_end(self) -> None:
+        reduce = self.trainer.strategy.reduce
+        sums = reduce(self._sums.to(self.device), reduce_op="sum")
+        counts = reduce(self._counts.to(self.device), reduce_op="sum")
+        raw, ema = (sums / counts).tolist()
+        quarters = {f"val/loss_ema_q{i + 1}": loss for i, loss in enumerate(ema[1:]) if loss == loss}
+        metrics = {"val/loss_raw": raw[0], "val/loss_ema": ema[0], **quarters}
+        self.log_dict(metrics, logger=False)
+        for logger in self.loggers:  # Lightning would count this step as the one before
+            logger.log_metrics(metrics, step=self.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.make_optimizer(self.net.parameters())
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Clips by the total norm and keeps it for the log; also for fused optimisers, where Lightning's own refuses."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        factor = self.lr_schedule(self.global_step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor

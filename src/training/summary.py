@@ -1,0 +1,101 @@
+"""summary.json: what a reader wants to know of a finished run."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import nn
+
+from src.files import replacing
+
+PACKAGES = ("torch", "lightning", "hydra-core", "torchvision", "torchmetrics", "wandb")
+
+
+def summarize(
+    trainer: Trainer,
+    net: nn.Module,
+    image_shape: tuple[int, int, int],
+    config: dict[str, Any],
+    images_seen: int,
+    images_per_second: float,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The summary as plain values; times in seconds, memory in bytes."""
+    device = trainer.strategy.root_device
+    return {
+        "name": config["name"],
+        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "steps": trainer.global_step,
+        "images_seen": images_seen,
+        "images_per_second": images_per_second,
+        "wall_seconds": wall_seconds,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "flops_per_image": flops_per_image(net, image_shape, device),
+        "peak_memory_bytes": peak_memory(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_processor()}",
+        "world_size": trainer.world_size,
+        "precision": trainer.precision,
+        "seed": config["seed"],
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def write(summary: dict[str, Any], path: Path) -> None:
+    """Writes the summary as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+@torch.no_grad()
+def flops_per_image(net: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> int:
+    """Floating-point operations of one forward pass for one image, a multiply-add counted as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = net.training
+    net.eval()
+    dtype = next(net.parameters()).dtype
+    with FlopCounterMode(display=False) as counter:
+        net.forward(torch.zeros(1, *image_shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    net.train(training)
+    return int(counter.get_total_flops())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU; resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "+dirty" when files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,161 @@
+"""From the settings of conf/trainer to a Lightning Trainer."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from src.errors import UserError
+from src.training.checkpoint import AtomicCheckpointIO
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How and on what a run trains; conf/trainer/auto.yaml says what each setting takes.
+
+    Raises:
+        ValueError: for a device that this machine has not, or a number out of range.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int | list[int] | Literal["auto"] = "auto"
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    precision: Precision = "auto"
+    max_steps: int = 10000
+    accumulate_grad_batches: int = 1
+    gradient_clip_norm: float | None = 1.0
+    val_every_n_steps: int = 1000
+    log_every_n_steps: int = 50
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulate_grad_batches", "val_every_n_steps", "log_every_n_steps", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
+            raise ValueError(f"gradient_clip_norm={self.gradient_clip_norm} must be positive, or null for no clipping")
+        gpus = torch.cuda.device_count()
+        if self.accelerator == "gpu" and not gpus:
+            raise ValueError(
+                "accelerator=gpu asks for a GPU and this machine has none; use trainer=cpu or trainer=auto"
+            )
+        if self.accelerator == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("accelerator=mps asks for Apple's GPU and this machine has none; use trainer=cpu")
+        wanted = max(self.devices, default=-1) + 1 if isinstance(self.devices, list | tuple) else self.devices
+        if isinstance(wanted, int) and wanted < 1:
+            raise ValueError(f"devices={self.devices} must be auto, a number from 1, or a list of GPU indices")
+        if self.device_type == "cuda" and isinstance(wanted, int) and wanted > gpus:
+            raise ValueError(f"devices={self.devices} asks for {wanted} GPUs and this machine has {gpus}")
+        if self.strategy == "fsdp" and self.device_type != "cuda":
+            raise ValueError("strategy=fsdp needs GPUs and this machine has none; use trainer=cpu or trainer=auto")
+        if self.precision == "16-mixed" and self.device_type == "cpu":
+            raise ValueError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
+
+    @property
+    def device_type(self) -> Literal["cuda", "mps", "cpu"]:
+        """What torch calls the device that will train."""
+        if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+            return "cuda"
+        if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+            return "mps"
+        return "cpu"
+
+    @property
+    def chosen_precision(self) -> str:
+        """`precision`, with auto as bf16-mixed where the hardware multiplies in bfloat16, and 32-true elsewhere."""
+        if self.precision != "auto":
+            return self.precision
+        if self.device_type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bf16 = self.device_type == "cpu" and _cpu_has_bf16()
+        return "bf16-mixed" if has_bf16 else "32-true"
+
+    @property
+    def fused_optimizer(self) -> bool:
+        """Whether the fused optimiser is right: it unscales gradients itself, too late for clipping under 16-mixed."""
+        return self.chosen_precision != "16-mixed"
+
+    def prepare(self, net: nn.Module) -> nn.Module:
+        """Sets the network's memory format, and compiles it in place, which leaves its parameters' names alone."""
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if self.compile:
+            net.compile()
+        return net
+
+    def make(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
+        """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
+        quiet_lightning()
+        devices: Any = list(self.devices) if isinstance(self.devices, tuple) else self.devices
+        if self.device_type == "cpu" and devices == "auto":
+            devices = 1
+        return Trainer(
+            accelerator=self.accelerator,
+            devices=devices,
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
+            precision=self.chosen_precision,  # type: ignore[arg-type]
+            max_steps=self.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            val_check_interval=self.val_every_n_steps * self.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=self.log_every_n_steps,
+            deterministic=self.deterministic,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run_dir,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            inference_mode=False,  # lets a compiled network serve training and validation
+            use_distributed_sampler=False,
+        )
+
+
+class StopAtLastStep(Callback):
+    """Asks Lightning to stop at max_steps while it still looks, so that it validates the last weights too."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bfloat16 (AVX-512 BF16 or AMX); emulated, it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def quiet_lightning() -> None:
+    """Silences what Lightning says of its own accord; its errors stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def refuse_ddp_sweep(settings: TrainerSettings) -> None:
+    """Refuses several devices in one multirun process: each child of Lightning's launcher would start its own sweep."""
+    if settings.strategy != "auto":
+        raise UserError(
+            f"strategy={settings.strategy} and --multirun do not work in one process; "
+            "start one run at a time, or give each job one device with hydra/launcher=joblib trainer.devices=1"
+        )
