@@ -83,7 +83,8 @@ def unknown_key(full: str, key: str, names: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
     names = sorted(names)
     nearest = difflib.get_close_matches(key, names, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(names)}"
+    prefix = full.removesuffix(key)
+    hint = f"did you mean {' or '.join(prefix + n for n in nearest)}?" if nearest else f"there are {', '.join(names)}"
     return f"there is no setting {full}; {hint}"
 
 

@@ -12,11 +12,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -46,7 +47,9 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit 1 for
         _job.started = False  # type: ignore[attr-defined]
         try:
-            sys.argv[1:] = _with_inherited(sys.argv[1:], inherit)
+            flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
+            others = [argument for argument in sys.argv[1:] if argument not in flags]
+            sys.argv[1:] = flags + _with_inherited(others, inherit)  # argparse takes -m only before the overrides
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         except UserError as error:
             _fail(str(error))
@@ -72,7 +75,7 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         check(plain, "")
         return task(plain, run_dir)
     except UserError as error:
-        _remove_if_empty(run_dir)
+        RememberFolders.remove()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweep goes on, and ends with this error
         _fail(str(error))
@@ -119,14 +122,25 @@ def _explain(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Removes a folder that holds nothing, and the parents that it leaves empty, up to the working directory."""
-    try:
-        while folder != Path.cwd() and folder.name != "outputs":
-            folder.rmdir()
-            folder = folder.parent
-    except OSError:  # not empty, or not ours to remove
-        return
+class RememberFolders(Callback):
+    """Notes which folders Hydra is about to make for a job, so that a refused job can take them away again."""
+
+    made: ClassVar[list[Path]] = []  # innermost first
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.run.dir).absolute()
+        RememberFolders.made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # jobs of a sweep have new folders of their own
+            RememberFolders.made = [Path(HydraConfig.get().runtime.output_dir)]
+
+    @staticmethod
+    def remove() -> None:
+        """Removes those that hold nothing."""
+        for folder in RememberFolders.made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _fail(sentence: str) -> None:

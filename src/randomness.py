@@ -26,6 +26,18 @@ def generator(start: int, counter: int) -> torch.Generator:
     return torch.Generator().manual_seed((start + counter) % 2**32)
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seeds torch's global generators of the CPU and of one device.
+
+    `torch.manual_seed` asks every backend that was compiled in, 0.3 ms a call; this takes microseconds.
+    """
+    torch.default_generator.manual_seed(seed % 2**32)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed % 2**32)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed % 2**32)
+
+
 class NoiseStream:
     """Noise for the samples with the given indices, such that sample i depends on (seed, i) alone.
 

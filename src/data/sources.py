@@ -6,6 +6,7 @@ validate on. New source: one class with `load`, one YAML in conf/data.
 
 import io
 import json
+import socket
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class MNIST:
     name: str = "MNIST"
 
     def load(self, dir: Path) -> tuple[ImageSet, ImageSet | None]:
-        return _torchvision(self.name, dir, f"the four *-ubyte files in {dir / self.name / 'raw'}", self._convert)
+        folder = dir / self.name / "raw"
+        return _torchvision(self.name, folder, f"its four *-ubyte files in {folder}", self._convert)
 
     @staticmethod
     def _convert(split: Any) -> ImageSet:
@@ -83,7 +85,7 @@ class CIFAR10:
         if train.exists():
             return read_zip(train), read_zip(test) if test.exists() else None
         where = f"cifar-10-batches-py in {dir}, or cifar10-32x32.zip as EDM's dataset tool writes it"
-        return _torchvision("CIFAR10", dir, where, self._convert)
+        return _torchvision("CIFAR10", dir / "cifar-10-batches-py", where, self._convert)
 
     @staticmethod
     def _convert(split: Any) -> ImageSet:
@@ -122,23 +124,39 @@ def read_zip(path: Path) -> ImageSet:
     return ImageSet(x.permute(0, 3, 1, 2).contiguous(), y)
 
 
-def _torchvision(name: str, dir: Path, where: str, convert: Callable[[Any], ImageSet]) -> tuple[ImageSet, ImageSet]:
+def _torchvision(name: str, folder: Path, where: str, convert: Callable[[Any], ImageSet]) -> tuple[ImageSet, ImageSet]:
     """Both splits of a torchvision set, downloaded where they are not there.
+
+    Args:
+        name: torchvision's class.
+        folder: where torchvision keeps the files, below the root that it is given.
+        where: the same for a reader.
+        convert: makes an ImageSet of a split.
 
     Raises:
         UserError: when the files are missing and cannot be downloaded, or are damaged.
     """
     import torchvision.datasets
 
-    cls = getattr(torchvision.datasets, name)
+    root = folder.parent.parent if folder.name == "raw" else folder.parent
+    was_there = folder.exists() and any(folder.iterdir())
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # a download that stalls ends
     try:
-        splits = [cls(str(dir), train=train, download=True) for train in (True, False)]
+        cls = getattr(torchvision.datasets, name)
+        splits = [cls(str(root), train=train, download=True) for train in (True, False)]
         train, test = (convert(split) for split in splits)
-    except OSError as error:  # no network, or no right to write
-        raise UserError(
-            f"{name} is not in {dir} and could not be downloaded ({error}); put {where}, "
-            f"or set data.dir=<folder that has them>"
-        ) from error
     except Exception as error:  # torchvision meets damage with whatever its parser happens to raise
-        raise UserError(f"{name} in {dir} is damaged ({error}); delete it and provide {where}") from error
+        reason = " ".join(str(error).split())
+        if was_there:
+            raise UserError(f"{name} in {root} is damaged ({reason}); delete {folder} and provide {where}") from error
+        for parent in made:  # by torchvision, for files that did not come
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise UserError(
+            f"{name} is not in {root} and could not be downloaded ({reason}); provide {where}, or set data.dir"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     return train, test

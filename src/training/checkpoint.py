@@ -49,15 +49,17 @@ class Checkpoint(Callback):
         self._saved_step = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._saved_step:
-            self._save_last(trainer)
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        validation_follows = batches % trainer.val_check_batch == 0 or trainer.should_stop
+        if not validation_follows:
+            self._save_last_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(trainer.callback_metrics[self.MONITOR])
-        if not trainer.sanity_checking and loss < self.best:
+        if loss < self.best:
             self.best = loss
             trainer.save_checkpoint(self.run_dir / BEST)
+        self._save_last_if_due(trainer)  # after the validation of its step, so that it knows the best so far
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
@@ -65,6 +67,11 @@ class Checkpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+            self._save_last(trainer)
+
+    def _save_last_if_due(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._saved_step:
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

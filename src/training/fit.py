@@ -3,7 +3,6 @@
 What a user can get wrong is found before anything is written to the run's folder.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     Raises:
         UserError: for whatever the user can mend, before anything is written.
     """
-    started = time.perf_counter()
     run, resume = None, None
     if config["run"] is not None:
         run = Run(config["run"])
@@ -106,7 +104,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             config,
             images_seen=metrics.images_seen,
             images_per_second=metrics.mean_images_per_second,
-            wall_seconds=time.perf_counter() - started,
+            wall_seconds=metrics.wall_seconds,
         )
         if trainer.is_global_zero:
             write(summary, run_dir / "summary.json")
@@ -144,8 +142,8 @@ def _continued(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
             continue
         if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
             raise UserError(
-                f"{key}={new} is not what this run was started with ({key}={old}); a continued run keeps "
-                f"its experiment, start a new one to change it"
+                f"{key}={new} is not what this run was started with ({key}={old}); a continued run keeps its experiment"
+                f", start a new one to change it"
             )
         _say(f"continuing with {key}={new} instead of {old}")
     return {**config, "overrides": [o for o in config["overrides"] if not o.startswith("run=")]}
@@ -194,11 +192,9 @@ def _device(trainer: Trainer) -> str:
 def _report(run_dir: Path, summary: dict[str, Any]) -> None:
     folder = shown(run_dir)
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
-    losses = ", ".join(
-        f"{name} {value:.4f}" for name, value in summary["metrics"].items() if name.startswith("val/loss_")
-    )
+    losses = ", ".join(f"{name} {summary['metrics'][name]:.4f}" for name in ("val/loss_raw", "val/loss_ema"))
     print(
-        f"trained {summary['steps']:,} steps, {summary['images_seen']:,} images, in {minutes} min {seconds} s; {losses}\n"
+        f"{summary['steps']:,} steps, {summary['images_seen']:,} images in {minutes} min {seconds} s; {losses}\n"
         f"  samples     {folder / 'samples' / 'step={}.png'.format(summary['steps'])}\n"
         f"  checkpoint  {folder / LAST}\n"
         f"  summary     {folder / 'summary.json'}\n"

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.errors import UserError
+from src.files import shown
 
 WANDB_ID = "wandb_id.txt"
 
@@ -61,7 +62,7 @@ def wandb(
         raise UserError(f"W&B refuses to start ({error}); use logger=none, or WANDB_MODE=offline") from error
     id_file.write_text(run_id + "\n")
     if offline:
-        print(f"W&B is offline ({offline}); later: wandb sync {Path(run.dir).parent}")
+        print(f"W&B is offline ({offline}); later: wandb sync {shown(Path(run.dir).parent)}")
     return WandbLogger(experiment=run, save_dir=run_dir)
 
 

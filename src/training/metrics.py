@@ -33,6 +33,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step"]
         self.rows: dict[int, dict[str, str]] = {}
+        self._last_start = 0  # where the last step's line begins, to be rewritten when more of it comes
         if path.exists():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
@@ -42,7 +43,6 @@ class MetricsCSV(Logger):
                 self.columns += [k for k in row if k not in self.columns]
             self._rewrite()
         self._last = max(self.rows, default=-1)
-        self._last_start = 0  # where the last step's line begins, to be rewritten when more of it comes
 
     @property
     def name(self) -> str:
@@ -103,12 +103,19 @@ class TrainMetrics(Callback):
         self._total_seconds = 0.0
         self._total_images = 0
         self._started = 0.0
+        self._wall_start = time.perf_counter()
+        self._wall_before = 0.0
         self._step = 0
 
     @property
     def mean_images_per_second(self) -> float:
-        """Of this process's whole training."""
+        """Of the whole training, also before a resume."""
         return self._total_images / self._total_seconds if self._total_seconds else 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Since the run began, the time between a stop and its resume left out."""
+        return self._wall_before + time.perf_counter() - self._wall_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -161,7 +168,15 @@ class TrainMetrics(Callback):
         self.pause()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_seen": self.images_seen + self._images}
+        return {
+            "images_seen": self.images_seen + self._images,
+            "total_images": self._total_images,
+            "total_seconds": self._total_seconds,
+            "wall_seconds": self.wall_seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.images_seen = state_dict["images_seen"]
+        self._total_images = state_dict["total_images"]
+        self._total_seconds = state_dict["total_seconds"]
+        self._wall_before = state_dict["wall_seconds"]

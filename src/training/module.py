@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
-from src.randomness import NoiseStream, mix
+from src.randomness import NoiseStream, mix, seed_device
 from src.training.ema import EMA
 from src.training.lr import Constant
 
@@ -62,7 +62,7 @@ class DiffusionModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         accumulate = self.trainer.accumulate_grad_batches
         micro_step = self.global_step * accumulate + batch_idx % accumulate
-        torch.manual_seed((mix(self.seed, self.global_rank) + micro_step) % 2**32)
+        seed_device(self.device, mix(self.seed, self.global_rank) + micro_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch.x0
@@ -106,7 +106,7 @@ class DiffusionModule(LightningModule):
         return optimizer
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clips by the total norm and keeps it for the log; also for fused optimisers, where Lightning's own refuses."""
+        """Clips by the total norm and keeps it for the log; Lightning's own refuses fused optimisers."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_norm is not None:

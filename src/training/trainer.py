@@ -15,7 +15,7 @@ from torch import nn
 from src.errors import UserError
 from src.training.checkpoint import AtomicCheckpointIO
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,15 @@ class TrainerSettings:
         return "cpu"
 
     @property
+    def num_devices(self) -> int:
+        """Devices of this machine that will train."""
+        if isinstance(self.devices, list | tuple):
+            return len(self.devices)
+        if self.devices != "auto":
+            return int(self.devices)
+        return torch.cuda.device_count() if self.device_type == "cuda" else 1
+
+    @property
     def chosen_precision(self) -> str:
         """`precision`, with auto as bf16-mixed where the hardware multiplies in bfloat16, and 32-true elsewhere."""
         if self.precision != "auto":
@@ -99,9 +108,7 @@ class TrainerSettings:
     def make(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
         quiet_lightning()
-        devices: Any = list(self.devices) if isinstance(self.devices, tuple) else self.devices
-        if self.device_type == "cpu" and devices == "auto":
-            devices = 1
+        devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
         return Trainer(
             accelerator=self.accelerator,
             devices=devices,
@@ -154,8 +161,8 @@ def quiet_lightning() -> None:
 
 def refuse_ddp_sweep(settings: TrainerSettings) -> None:
     """Refuses several devices in one multirun process: each child of Lightning's launcher would start its own sweep."""
-    if settings.strategy != "auto":
+    if settings.num_devices > 1 or settings.strategy != "auto":
         raise UserError(
-            f"strategy={settings.strategy} and --multirun do not work in one process; "
-            "start one run at a time, or give each job one device with hydra/launcher=joblib trainer.devices=1"
+            f"trainer.devices={settings.devices}, trainer.strategy={settings.strategy} and --multirun do not work in one "
+            "process; give each job one device with trainer.strategy=auto trainer.devices=1"
         )

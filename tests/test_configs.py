@@ -1,0 +1,117 @@
+"""Every YAML composes, passes the schema and builds; the experiments say what their papers say."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from src.build import build, check, check_arguments
+from src.cli import CONF
+from src.runs import build_diffusion, build_net
+from src.train import TrainConfig
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+BUILT_WITH_A_RUN = ("callbacks", "logger", "experiment")
+
+
+def configuration(*overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_passes_the_schema_and_builds(experiment):
+    config = configuration(f"experiment={experiment}")
+    check_arguments(TrainConfig, config, "")
+    check(config, "")
+    build_net(config)
+    diffusion = build_diffusion(config)
+    for sampler in (config["sampler"], config["callbacks"]["samples"]["sampler"]):
+        build(sampler, "sampler").path(diffusion.schedule)
+    for part in ("optimizer", "lr_schedule", "data"):
+        build(config[part], part)
+
+
+@pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] not in BUILT_WITH_A_RUN])
+def test_every_option_passes_the_schema_and_builds(group, option, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    size = ["data.image_size=32"] if group == "model" else []
+    config = configuration(f"{group}={option}", *size)
+    check(config, "")
+    build(config[group], group)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_part_of_an_experiment_can_be_replaced(experiment):
+    for group, option in OPTIONS:
+        if group != "experiment":
+            check(configuration(f"experiment={experiment}", f"{group}={option}"), "")
+
+
+def test_no_yaml_is_without_a_test():
+    assert {path.parent.name for path in CONF.rglob("*.yaml")} == {*GROUPS, CONF.name}
+
+
+def test_cifar10_is_ho_et_al_to_the_letter():
+    config = configuration("experiment=cifar10")
+    assert sum(p.numel() for p in build_net(config).parameters()) == 35_746_307
+    schedule = {
+        "_target_": "src.diffusion.schedules.Linear",
+        "num_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    }
+    assert config["schedule"] == schedule
+    assert config["objective"]["_target_"] == "src.diffusion.objectives.Eps"
+    assert config["weighting"]["_target_"] == "src.diffusion.weightings.Constant"
+    assert config["density"]["_target_"] == "src.diffusion.densities.Uniform"
+    model = config["model"]
+    assert (model["base_channels"], model["channel_mults"], model["num_res_blocks"]) == (128, [1, 2, 2, 2], 2)
+    assert (model["attention_resolutions"], model["num_heads"], model["middle_attention"]) == ([16], 1, True)
+    assert (model["dropout"], model["patch_size"]) == (0.1, 1)
+    optimizer = config["optimizer"]
+    assert (optimizer["_target_"], optimizer["lr"], optimizer["eps"]) == ("torch.optim.Adam", 2e-4, 1e-8)
+    assert optimizer["weight_decay"] == 0
+    assert config["lr_schedule"] == {"_target_": "src.training.lr.Constant", "warmup_steps": 5000}
+    trainer = config["trainer"]
+    assert (trainer["max_steps"], trainer["gradient_clip_norm"], trainer["accumulate_grad_batches"]) == (
+        800_000,
+        1.0,
+        1,
+    )
+    assert config["callbacks"]["ema"]["decay"] == 0.9999
+    data = config["data"]
+    assert (data["batch_size"], data["flip"], data["channels"], data["image_size"]) == (128, True, 3, 32)
+
+
+def test_tutorial_is_the_tutorials():
+    config = configuration("experiment=tutorial")
+    model = config["model"]
+    assert model["_target_"] == "src.models.simple_unet.SimpleUNet"
+    assert (model["hidden_dims"], model["time_emb_dim"]) == (64, 256)
+    assert (model["skip_connections"], model["time_conditioning"]) == (True, True)
+    assert (config["schedule"]["num_timesteps"], config["schedule"]["beta_start"]) == (1000, 1e-4)
+    assert (config["schedule"]["beta_end"], config["optimizer"]["_target_"]) == (0.02, "torch.optim.Adam")
+
+
+def test_the_default_experiment_keeps_the_linear_schedule():
+    config = configuration("schedule.beta_end=0.04")
+    assert config["name"] == "digits"
+    assert config["schedule"]["beta_end"] == 0.04
+
+
+def test_a_run_folder_is_named_by_experiment_and_time():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["experiment=smoke"], return_hydra_config=True)
+    assert Path(config.hydra.run.dir).parts[:2] == ("outputs", "smoke")
+    assert Path(config.hydra.sweep.dir).parts[:3] == ("outputs", "multirun", "smoke")

@@ -1,0 +1,102 @@
+"""python -m src.sample: its files, and what a sample depends on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def draw(command, smoke_run, tmp_path):
+    """Draws from the smoke run and returns the samples; arguments as on the command line."""
+
+    def run(*arguments: str) -> np.ndarray:
+        out = tmp_path / "_".join(arguments).replace("/", "-")
+        outcome = command("sample", f"run={smoke_run}", f"out='{out}'", *arguments)
+        assert outcome.code == 0, outcome.err
+        return np.load(out / "samples.npz")["arr_0"]
+
+    return run
+
+
+def test_the_files_are_those_of_the_contract(command, smoke_run, tmp_path):
+    outcome = command("sample", f"run={smoke_run}", f"out={tmp_path / 'out'}", "num_samples=9", "trajectory=true")
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "samples.npz", "trajectory.gif", "trajectory.png"]
+    samples = np.load(out / "samples.npz")
+    assert samples.files == ["arr_0"]
+    assert (samples["arr_0"].shape, samples["arr_0"].dtype) == ((9, 8, 8, 1), np.uint8)
+    grid = np.asarray(Image.open(out / "grid.png"))[::8, ::8]  # enlarged 8 times
+    assert grid.shape == (32, 32)
+    np.testing.assert_array_equal(grid[12:20, 22:30], samples["arr_0"][5, :, :, 0])  # row 1, column 2
+    assert "sampling" in outcome.err
+    assert str(out / "grid.png") in outcome.out
+
+
+def test_the_trajectory_ends_in_the_sample(command, smoke_run, tmp_path):
+    """The strip's last column: x_t at the end above the predicted x0, which at the end are the same image."""
+    out = tmp_path / "out"
+    command("sample", f"run={smoke_run}", f"out={out}", "num_samples=2", "trajectory=true", "sampler.steps=7")
+    sample = np.load(out / "samples.npz")["arr_0"][1, :, :, 0]
+    strip = np.asarray(Image.open(out / "trajectory.png"))[::8, ::8]
+    assert strip.shape == (4 * 10 + 2, 7 * 10 + 2)  # 2 samples of 2 rows, 7 steps
+    last = 2 + 6 * 10
+    np.testing.assert_array_equal(strip[22:30, last : last + 8], sample)
+    np.testing.assert_array_equal(strip[32:40, last : last + 8], sample)
+    gif = Image.open(out / "trajectory.gif")
+    assert gif.n_frames == 7
+
+
+@pytest.mark.parametrize("sampler", ["sampler=ddpm", "sampler=ddim"])
+def test_sample_i_does_not_depend_on_the_batch_size(draw, sampler):
+    whole = draw(sampler, "sampler.steps=20", "num_samples=21", "batch_size=21")
+    parts = draw(sampler, "sampler.steps=20", "num_samples=21", "batch_size=4")
+    fewer = draw(sampler, "sampler.steps=20", "num_samples=10", "batch_size=64")
+    np.testing.assert_array_equal(whole, parts)
+    np.testing.assert_array_equal(whole[:10], fewer)
+
+
+def test_samples_differ_from_each_other_and_between_seeds(draw):
+    a, b = draw("num_samples=16", "seed=0"), draw("num_samples=16", "seed=1")
+    assert len(np.unique(np.concatenate([a, b]).reshape(32, -1), axis=0)) == 32
+
+
+def test_ema_and_raw_weights_draw_differently(draw):
+    assert (draw("weights=ema", "num_samples=4") != draw("weights=raw", "num_samples=4")).any()
+
+
+def test_ema_is_the_default(draw):
+    np.testing.assert_array_equal(draw("num_samples=4"), draw("weights=ema", "num_samples=4"))
+
+
+def test_a_run_brings_its_own_sampler(command, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["experiment=smoke", "sampler=ddpm", "sampler.variance=beta", "sampler.steps=17", "trainer.max_steps=5"]
+    assert command("train", *arguments, f"hydra.run.dir={run}").code == 0
+    outcome = command("sample", f"run={run}", f"out={tmp_path / 'a'}", "num_samples=4")
+    assert "17 steps" in outcome.out
+    same = ["sampler=ddpm", "sampler.variance=beta", "sampler.steps=17"]
+    command("sample", f"run={run}", f"out={tmp_path / 'b'}", "num_samples=4", *same)
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab")
+    np.testing.assert_array_equal(a, b)
+    assert "3 steps" in command("sample", f"run={run}", f"out={tmp_path / 'c'}", "sampler.steps=3").out
+
+
+def test_a_checkpoint_file_will_do_for_a_run(draw, command, smoke_run, tmp_path):
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes((smoke_run / "checkpoints" / "last.ckpt").read_bytes())
+    assert command("sample", f"run={moved}", f"out={tmp_path / 'out'}", "num_samples=4").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], draw("num_samples=4"))
+
+
+def test_bf16_sampling_stays_near_float32(draw):
+    full = draw("num_samples=8").astype(int)
+    half = draw("num_samples=8", "precision=bf16-mixed").astype(int)
+    assert np.abs(full - half).mean() < 3  # of 255
+
+
+def test_a_sweep_over_sampling_makes_a_folder_a_job(command, smoke_run, tmp_path, monkeypatch):
+    arguments = [f"run={smoke_run}", "sampler.steps=2,3", "num_samples=2", f"hydra.sweep.dir={tmp_path}"]
+    assert command("sample", "-m", *arguments).code == 0
+    assert all((Path(tmp_path) / job / "samples.npz").exists() for job in "01")

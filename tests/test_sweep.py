@@ -1,0 +1,96 @@
+"""python -m src.train -m: a folder and, with logger=wandb, an offline W&B run of its own for every job."""
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wandb_runs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/wandb/offline-run-*/run-*.wandb"))
+
+
+def records(path: Path) -> dict[str, list]:
+    """The records of an offline run's own file, by kind.
+
+    The file is a LevelDB log: after 7 bytes of its own, blocks of 32 KiB hold chunks (crc, length, kind, data), where
+    kind is 1 for a whole record, and 2, 3, 4 for its first, middle and last parts.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole = path.read_bytes(), 7, b""
+    found: dict[str, list] = {}
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little is left of the block for a chunk
+            position += 32768 - position % 32768
+            continue
+        _, length, part = struct.unpack_from("<IHB", data, position)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if part in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            kind = record.WhichOneof("record_type")
+            found.setdefault(kind, []).append(getattr(record, kind))
+            whole = b""
+    return found
+
+
+def test_a_sweep_over_beta_end(command, tmp_path):
+    arguments = ["experiment=smoke", "schedule.beta_end=0.01,0.04", f"hydra.sweep.dir={tmp_path}", "logger=wandb"]
+    outcome = command("train", "-m", *arguments)
+    assert outcome.code == 0, outcome.err
+    configs = [yaml.safe_load((tmp_path / job / "config.yaml").read_text()) for job in "01"]
+    assert [c["schedule"]["beta_end"] for c in configs] == [0.01, 0.04]
+    assert [(tmp_path / job / "summary.json").exists() for job in "01"] == [True, True]
+    assert outcome.out.count("wandb sync ") == 2
+
+    files = wandb_runs(tmp_path)
+    assert len(files) == 2
+    runs = [records(file) for file in files]
+    started = [run["run"][0] for run in runs]
+    assert {run.run_group for run in started} == {tmp_path.name}
+    assert len({run.run_id for run in started}) == 2
+    for run in runs:
+        assert run["exit"][-1].exit_code == 0
+        history = {item.key or "/".join(item.nested_key) for row in run["history"] for item in row.item}
+        assert {"train/loss", "val/loss_ema", "samples/_type", "images_per_second"} <= history
+        summary = {item.key or "/".join(item.nested_key) for s in run["summary"] for item in s.update}
+        assert "parameters" in summary
+
+
+def test_jobs_in_parallel_processes(tmp_path):
+    arguments = [
+        "experiment=smoke",
+        "schedule.beta_end=0.01,0.04",
+        "hydra/launcher=joblib",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
+    subprocess.run([sys.executable, "-m", "src.train", "-m", *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert [(tmp_path / job / "summary.json").exists() for job in "01"] == [True, True]
+
+
+def test_one_bad_job_does_not_stop_the_others(command, tmp_path):
+    outcome = command("train", "-m", "experiment=smoke", "schedule.beta_end=2,0.02", f"hydra.sweep.dir={tmp_path}")
+    assert outcome.code == 2
+    assert "beta_end=2 must lie strictly between 0 and 1" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "0").exists()
+    assert (tmp_path / "1" / "summary.json").exists()
+
+
+def test_the_flag_may_stand_anywhere(command, tmp_path):
+    arguments = ["experiment=smoke", "-m", "seed=1", "trainer.max_steps=1", f"hydra.sweep.dir={tmp_path}"]
+    assert command("train", *arguments).code == 0
+    assert (tmp_path / "0" / "summary.json").exists()
+
+
+def test_several_devices_in_a_sweep_are_refused(command, tmp_path):
+    arguments = ["experiment=smoke", "trainer=ddp", "trainer.devices=2", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    outcome = command("train", "-m", *arguments)
+    assert outcome.code == 2
+    assert "--multirun do not work in one process" in outcome.err
