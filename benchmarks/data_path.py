@@ -3,7 +3,7 @@
   ours    src.data.loader.TrainLoader over one uint8 tensor
   PIL     a torchvision-style data set (Image.fromarray, RandomHorizontalFlip, ToTensor, Normalize) behind a DataLoader
           with persistent workers and the default prefetch
-  floor   index_select, where-flip and normalisation alone, with indices and flips chosen beforehand
+  floor   index_select, flip and normalisation alone, with indices and flips chosen beforehand
 
 All draw from the same 50,000 random images, for ever. A turn of PIL first takes what its workers have fetched ahead, so
 that the clock sees their pace and not their stock, and waits after it until they have restocked.
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
 from benchmarks.timing import arguments, interleave, print_table, spread, write_json
-from src.data.loader import TrainLoader, normalize
+from src.data.loader import TrainLoader, flip, normalize
 from src.data.sources import ImageSet
 
 PREFETCH = 2  # batches a worker, DataLoader's default
@@ -102,13 +102,12 @@ def main() -> None:
 
 def bare(images: Tensor, batch_size: int) -> Iterator[Tensor]:
     order = torch.randperm(len(images), device=images.device)
-    mirrored = torch.rand(len(images), device=images.device).view(-1, 1, 1, 1) < 0.5
+    mirrored = torch.rand(len(images), device=images.device) < 0.5
     full = len(images) // batch_size
     parts = list(zip(order.split(batch_size)[:full], mirrored.split(batch_size)[:full], strict=True))
     while True:
-        for index, flip in parts:
-            batch = images.index_select(0, index)
-            yield normalize(torch.where(flip, batch.flip(-1), batch))
+        for index, mirror in parts:
+            yield normalize(flip(images.index_select(0, index), mirror))
 
 
 def pil_batches(images: Tensor, batch_size: int, workers: int, device: torch.device) -> Iterator[Tensor]:

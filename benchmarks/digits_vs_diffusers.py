@@ -2,7 +2,8 @@
 
   ours       python -m src.train with its defaults, then python -m src.sample with its defaults
   diffusers  UNet2DModel of the same parameter count, trained as its train_unconditional example does (linear DDPM of
-             1000 steps, eps loss, AdamW 1e-4, cosine with 500 warm-up steps, EMA), at batch 128 on the same images
+             1000 steps, eps loss, AdamW 1e-4, cosine with 500 warm-up steps, EMA), in full
+             batches of 128 of the same images
 
 diffusers gets all the seconds that src.train reports, which include validation, pictures and checkpoints, for its steps
 alone. How many steps the budget holds, which its learning rate must know beforehand, is measured on a model that is

@@ -14,9 +14,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Tiles uint8 images, (N, C, H, W), into one (C, rows (H + gap) + gap, columns (W + gap) + gap), row by row."""
+def grid(images: Tensor, columns: int | None = None, gap: int | None = None) -> Tensor:
+    """Tiles uint8 images, (N, C, H, W), into one (C, rows (H + gap) + gap, columns (W + gap) + gap), row by row.
+
+    The gap is white; without a number it is a fourteenth of the images' height, at least one pixel.
+    """
     n, c, h, w = images.shape
+    gap = max(1, h // 14) if gap is None else gap
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     canvas = images.new_full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255)

@@ -43,7 +43,8 @@ class NoiseStream:
 
     Each sample owns a generator, so neither the batch nor the device changes what it draws: noise is made on the CPU.
     Draws are made a block of steps at a time, to call each generator rarely. `first` is drawn before the blocks: all
-    samplers start from the same latents.
+    samplers start from the same latents. The series of two seeds are stretches of 2^32 numbers that may overlap,
+    shifted, with a chance of about N / 2^31 for N samples.
 
     Args:
         seed: any integer.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.build import build
+from src.build import build, refusals
 from src.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
     """Schedule, objective, weighting and density that a configuration describes."""
     from src.diffusion.gaussian import GaussianDiffusion
 
-    return GaussianDiffusion(*(build(config[part], part) for part in ("schedule", "objective", "weighting", "density")))
+    parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density")]
+    with refusals("objective"):
+        return GaussianDiffusion(*parts)
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:

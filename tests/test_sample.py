@@ -28,8 +28,8 @@ def test_the_files_are_those_of_the_contract(command, smoke_run, tmp_path):
     assert samples.files == ["arr_0"]
     assert (samples["arr_0"].shape, samples["arr_0"].dtype) == ((9, 8, 8, 1), np.uint8)
     grid = np.asarray(Image.open(out / "grid.png"))[::8, ::8]  # enlarged 8 times
-    assert grid.shape == (32, 32)
-    np.testing.assert_array_equal(grid[12:20, 22:30], samples["arr_0"][5, :, :, 0])  # row 1, column 2
+    assert grid.shape == (28, 28)
+    np.testing.assert_array_equal(grid[10:18, 19:27], samples["arr_0"][5, :, :, 0])  # row 1, column 2
     assert "sampling" in outcome.err
     assert str(out / "grid.png") in outcome.out
 
@@ -40,10 +40,10 @@ def test_the_trajectory_ends_in_the_sample(command, smoke_run, tmp_path):
     command("sample", f"run={smoke_run}", f"out={out}", "num_samples=2", "trajectory=true", "sampler.steps=7")
     sample = np.load(out / "samples.npz")["arr_0"][1, :, :, 0]
     strip = np.asarray(Image.open(out / "trajectory.png"))[::8, ::8]
-    assert strip.shape == (4 * 10 + 2, 7 * 10 + 2)  # 2 samples of 2 rows, 7 steps
-    last = 2 + 6 * 10
-    np.testing.assert_array_equal(strip[22:30, last : last + 8], sample)
-    np.testing.assert_array_equal(strip[32:40, last : last + 8], sample)
+    assert strip.shape == (4 * 9 + 1, 7 * 9 + 1)  # 2 samples of 2 rows, 7 steps
+    last = 1 + 6 * 9
+    np.testing.assert_array_equal(strip[19:27, last : last + 8], sample)
+    np.testing.assert_array_equal(strip[28:36, last : last + 8], sample)
     gif = Image.open(out / "trajectory.gif")
     assert gif.n_frames == 7
 

@@ -15,7 +15,7 @@ class Uniform:
 
     def __call__(self, batch: int, device: torch.device) -> Tensor:
         """u, (batch,) float32 in [0, 1), from torch's global generator."""
-        return torch.rand(batch, device=device)
+        return torch.rand(batch, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,5 @@ class Stratified:
 
     def __call__(self, batch: int, device: torch.device) -> Tensor:
         """u, (batch,) float32 in [0, 1), from torch's global generator."""
-        return (torch.arange(batch, device=device) / batch + torch.rand(1, device=device)) % 1
+        offset = torch.rand(1, dtype=torch.float32, device=device)
+        return (torch.arange(batch, dtype=torch.float32, device=device) / batch + offset) % 1

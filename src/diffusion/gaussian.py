@@ -12,6 +12,8 @@ from src.diffusion.objectives import Objective
 from src.diffusion.samplers import Denoiser
 from src.diffusion.schedules import DiscreteSchedule, Level
 
+SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
+
 
 class Network(Protocol):
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
@@ -26,7 +28,11 @@ class Density(Protocol):
 
 
 class GaussianDiffusion:
-    """The parts that define a diffusion model, network aside."""
+    """The parts that define a diffusion model, network aside.
+
+    Raises:
+        ValueError: when the objective does not determine the image at some level of the schedule.
+    """
 
     def __init__(
         self, schedule: DiscreteSchedule, objective: Objective, weighting: Weighting, density: Density
@@ -35,6 +41,14 @@ class GaussianDiffusion:
         self.objective = objective
         self.weighting = weighting
         self.density = density
+        a, b = objective.row(schedule.alpha, schedule.sigma)
+        d = (schedule.alpha * b - schedule.sigma * a).abs()
+        if d.min() < SMALLEST_D:
+            t = int(d.argmin())
+            raise ValueError(
+                f"{type(objective).__name__} does not tell the image at t={t}, where alpha is "
+                f"{schedule.alpha[t].item():.1e}: use objective=v, or a schedule with smaller betas"
+            )
 
     def draw_t(self, batch: int, device: torch.device) -> Tensor:
         """Times for a training batch, (batch,)."""

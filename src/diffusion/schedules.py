@@ -43,7 +43,7 @@ class DiscreteSchedule:
         prior_std: standard deviation of the noise that sampling starts from.
 
     Raises:
-        ValueError: when betas are not in (0, 1).
+        ValueError: when betas are not in (0, 1), or alpha reaches 0 before the last step.
     """
 
     prior_std = 1.0
@@ -56,6 +56,12 @@ class DiscreteSchedule:
         self.alphas_cumprod = self.alphas.cumprod(0)
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
+        destroyed = int((self.alpha > 0).sum())
+        if destroyed < len(betas) - 1:
+            raise ValueError(
+                f"nothing of the image is left from t={destroyed} of {len(betas)} on (alpha is 0 even in float64); "
+                "choose smaller betas or a smaller num_timesteps"
+            )
         self._float32: dict[torch.device, Tensor] = {}  # (2, T) alpha and sigma, one copy a device
 
     @property
@@ -101,8 +107,6 @@ class DiscreteSchedule:
         elif spacing == "quadratic":
             t = ((T - 1) * (i / (steps - 1)) ** 2).round() if steps > 1 else torch.tensor([T - 1.0])
             t = t.maximum(i)  # rounding repeats small times when steps is close to T
-            for k in range(1, steps):
-                t[k] = t[k].maximum(t[k - 1] + 1)
         else:
             raise ValueError(f"spacing={spacing!r} is not one of {', '.join(get_args(Spacing))}")
         return [int(v) for v in t.flip(0)]

@@ -1,6 +1,7 @@
 """How a network is told the noise level."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ class SinusoidalEmbedding(nn.Module):
 
     The convention of Ho et al. 2020, who follow Vaswani et al. 2017 (Sec. 3.5): sines first, the last frequency is
     exactly 1 / max_period. ADM has cosines first and divides by dim / 2; weights of one do not fit the other.
+
+    The angles t f stay float32 when the network is cast, since bfloat16 cannot tell t = 998 from t = 1000; the result
+    has the dtype that the network was cast to.
 
     Args:
         dim: size of the embedding, even and at least 4.
@@ -26,13 +30,20 @@ class SinusoidalEmbedding(nn.Module):
         if dim < 4 or dim % 2:
             raise ValueError(f"an embedding of {dim} numbers is not possible; choose an even number from 4")
         half = dim // 2
-        frequencies = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, dtype=torch.float64))
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.exact = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, dtype=torch.float64)).float()
+        self.register_buffer("frequencies", self.exact, persistent=False)
+        self.dtype = torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalEmbedding":
+        super()._apply(fn, recurse)
+        self.dtype = self.frequencies.dtype
+        self.frequencies = self.exact.to(self.frequencies.device)
+        return self
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) to (B, dim) float32; t * f is rounded to float32 even where the network is in bfloat16."""
-        angles = t.float()[:, None] * self.frequencies.float()
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        """(B,) to (B, dim)."""
+        angles = t.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1).to(self.dtype)
 
 
 def check_divisible(image_size: tuple[int, int], factor: int, network: str) -> None:

@@ -1,7 +1,7 @@
 """The tutorial's U-Net: three blocks down, three blocks up, skips, and the time in every block.
 
-It is here to be read, and to be broken: `skip_connections=False` feeds zeros where the skips were, and
-`time_conditioning=False` adds zeros where the time was, so that a broken network has the parameters of a whole one.
+It is here to be read, and to be broken: `skip_connections=False` feeds zeros in place of the skips, and
+`time_conditioning=False` in place of the time embedding, so that a broken network has the parameters of a whole one.
 """
 
 import torch

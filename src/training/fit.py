@@ -58,12 +58,12 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     net = build_net(config)
     if run is not None and resume is not None:
         check_architecture(net, net_state(resume["state_dict"]), run.checkpoint)
+    runtime = {
+        "checkpoint": {"run_dir": run_dir, "config": config},
+        "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
+    }
     callbacks = {
-        "ema": build(config["callbacks"]["ema"], "callbacks.ema"),
-        "checkpoint": build(config["callbacks"]["checkpoint"], "callbacks.checkpoint", run_dir=run_dir, config=config),
-        "samples": build(
-            config["callbacks"]["samples"], "callbacks.samples", run_dir=run_dir, image_shape=image_shape(config)
-        ),
+        name: build(node, f"callbacks.{name}", **runtime.get(name, {})) for name, node in config["callbacks"].items()
     }
     module = DiffusionModule(
         settings.prepare(net),
@@ -83,15 +83,13 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
 
     _claim(run_dir, config, continued=run is not None)
     metrics = TrainMetrics(settings.log_every_n_steps)
-    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", from_step=resume["global_step"] if resume else 0)]
     exit_code = 1
     try:
-        tracker = build(config["logger"], "logger", run_dir=run_dir, config=config, group=sweep)
-        if tracker is not None:
-            loggers.append(tracker)
-        # The order is that of the work after a step: average, measure, stop, draw, save.
-        order = [callbacks["ema"], metrics, StopAtLastStep(), Progress(), callbacks["samples"], callbacks["checkpoint"]]
-        trainer = settings.make(run_dir, loggers, order)
+        loggers = _loggers(config, run_dir, sweep, resume["global_step"] if resume else 0)
+        # After a step: average first; then measure, stop, and whatever else conf/callbacks names; save last.
+        own = [callbacks.pop("ema"), metrics, StopAtLastStep(), Progress()]
+        last = callbacks.pop("checkpoint")
+        trainer = settings.make(run_dir, loggers, [*own, *callbacks.values(), last])
         for logger in loggers:
             log_config(logger, config)
         parameters = sum(p.numel() for p in net.parameters())
@@ -127,6 +125,14 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(f"optimizer: {error}") from error
     return make
+
+
+def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None, from_step: int) -> list[Logger]:
+    """metrics.csv and the tracker that was asked for; only the first of several processes writes."""
+    if rank_zero_only.rank:
+        return []
+    tracker = build(config["logger"], "logger", run_dir=run_dir, config=config, group=sweep)
+    return [MetricsCSV(run_dir / "metrics.csv", from_step), *([] if tracker is None else [tracker])]
 
 
 def _continued(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

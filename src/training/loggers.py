@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -41,11 +41,11 @@ def wandb(
     """
     import wandb as wb
 
-    offline = _offline_reason()
     id_file = run_dir / WANDB_ID
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    try:
-        run = wb.init(
+
+    def start(mode: Literal["online", "offline"]) -> Any:
+        return wb.init(
             project=project,
             entity=entity,
             group=group,
@@ -55,14 +55,21 @@ def wandb(
             resume="allow",
             dir=run_dir,
             config=config,
-            mode="offline" if offline else "online",
+            mode=mode,
             settings=wb.Settings(init_timeout=30, console="off", silent=True),
         )
+
+    offline = _offline_reason()
+    try:
+        run = start("offline" if offline else "online")
+    except wb.errors.CommError as error:  # the server is there, and does not answer
+        offline = " ".join(str(error).split())
+        run = start("offline")
     except wb.errors.Error as error:
         raise UserError(f"W&B refuses to start ({error}); use logger=none, or WANDB_MODE=offline") from error
     id_file.write_text(run_id + "\n")
     if offline:
-        print(f"W&B is offline ({offline}); later: wandb sync {shown(Path(run.dir).parent)}")
+        print(f"W&B is offline ({offline}); later: wandb sync {shown(Path(run.dir).parent)}", flush=True)
     return WandbLogger(experiment=run, save_dir=run_dir)
 
 

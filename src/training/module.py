@@ -78,7 +78,7 @@ class DiffusionModule(LightningModule):
         index = batch.index.tolist()
         noise = NoiseStream(0, index, tuple(x0.shape[1:]), x0.device).first
         # Image i is asked at u_i = frac(i phi): fixed, and evenly spread over t however many images there are.
-        u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1.0 for i in index])
+        u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1.0 for i in index], dtype=torch.float32)
         t = self.diffusion.schedule.time(u).to(x0.device)
         bins = torch.nn.functional.one_hot((u * QUARTERS).long(), QUARTERS).double()
         bins = torch.cat([torch.ones(len(index), 1, dtype=torch.float64), bins], dim=1)

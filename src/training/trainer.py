@@ -163,6 +163,6 @@ def refuse_ddp_sweep(settings: TrainerSettings) -> None:
     """Refuses several devices in one multirun process: each child of Lightning's launcher would start its own sweep."""
     if settings.num_devices > 1 or settings.strategy != "auto":
         raise UserError(
-            f"trainer.devices={settings.devices}, trainer.strategy={settings.strategy} and --multirun do not work in one "
-            "process; give each job one device with trainer.strategy=auto trainer.devices=1"
+            f"trainer.devices={settings.devices}, trainer.strategy={settings.strategy} and --multirun do not work in "
+            "one process; give each job one device with trainer.strategy=auto trainer.devices=1"
         )

@@ -44,7 +44,7 @@ def test_a_run_folder_holds_what_the_readme_promises(smoke_run):
     assert Image.open(smoke_run / "samples" / "step=20.png").size == (
         42 * 8,
         42 * 8,
-    )  # 4 x 4 of 8x8, gaps of 2, times 8
+    )  # 4 x 4 of 8x8, gaps of 1, times 8
     leftovers = [p for p in smoke_run.rglob("*") if p.name.startswith(".") or "tmp" in p.suffix]
     assert leftovers == []
 
