@@ -76,7 +76,7 @@ def draw(config: dict[str, Any], out: Path) -> None:
 
 
 def _save_npz(images: Tensor, path: Path) -> None:
-    """arr_0 uint8 (N, H, W, C) in sample order,, as guided-diffusion's evaluator reads it."""
+    """arr_0 uint8 (N, H, W, C) in sample order, as guided-diffusion's evaluator reads it."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, images.permute(0, 2, 3, 1).contiguous().numpy())
 

@@ -64,6 +64,7 @@ def wandb(
         run = start("offline" if offline else "online")
     except wb.errors.CommError as error:  # the server is there, and does not answer
         offline = " ".join(str(error).split())
+        wb.teardown()  # the attempt still holds the run's id
         run = start("offline")
     except wb.errors.Error as error:
         raise UserError(f"W&B refuses to start ({error}); use logger=none, or WANDB_MODE=offline") from error
