@@ -50,7 +50,8 @@ class Checkpoint(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         batches = trainer.global_step * trainer.accumulate_grad_batches
-        validation_follows = batches % trainer.val_check_batch == 0 or trainer.should_stop
+        every = trainer.val_check_batch
+        validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
         if not validation_follows:
             self._save_last_if_due(trainer)
 

@@ -129,7 +129,7 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
 
 def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None, from_step: int) -> list[Logger]:
     """metrics.csv and the tracker that was asked for; only the first of several processes writes."""
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         return []
     tracker = build(config["logger"], "logger", run_dir=run_dir, config=config, group=sweep)
     return [MetricsCSV(run_dir / "metrics.csv", from_step), *([] if tracker is None else [tracker])]
