@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+from src.models.norm import group_norm
 
 
 class Block(nn.Module):
@@ -16,10 +17,10 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_emb_dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm1 = nn.GroupNorm(8, out_channels)
+        self.norm1 = group_norm(out_channels, 8, eps=1e-5)
         self.time = nn.Linear(time_emb_dim, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.norm2 = group_norm(out_channels, 8, eps=1e-5)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -55,9 +56,7 @@ class SimpleUNet(nn.Module):
         super().__init__()
         check_divisible(as_pair(image_size), 8, "simple_unet")
         if hidden_dims < 8 or hidden_dims % 8:
-            raise ValueError(
-                f"hidden_dims={hidden_dims} must be a multiple of 8, the number of groups of its GroupNorm"
-            )
+            raise ValueError(f"hidden_dims={hidden_dims} must be a multiple of 8, so that its group norms divide it")
         self.skip_connections = skip_connections
         self.time_conditioning = time_conditioning
         d1, d2, d3 = hidden_dims, 2 * hidden_dims, 4 * hidden_dims

@@ -6,13 +6,15 @@ as TensorFlow's SAME does.
 """
 
 from collections.abc import Sequence
-from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+from src.models.norm import group_norm
+
+EPS = 1e-6  # of the group norms
 
 
 class ResidualBlock(nn.Module):
@@ -20,10 +22,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = _group_norm(in_channels, norm_groups)
+        self.norm1 = group_norm(in_channels, norm_groups, EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels)
-        self.norm2 = _group_norm(out_channels, norm_groups)
+        self.norm2 = group_norm(out_channels, norm_groups, EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -41,7 +43,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int, norm_groups: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = _group_norm(channels, norm_groups)
+        self.norm = group_norm(channels, norm_groups, EPS)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -101,7 +103,7 @@ class UNet(nn.Module):
         num_heads: attention heads.
         middle_attention: attention between the two blocks at the bottom.
         dropout: probability, after the second norm and activation of each block.
-        norm_groups: groups of the group norms; where they do not divide the width, their greatest common divisor.
+        norm_groups: the most groups of a group norm; see `group_norm`.
         patch_size: folds patches of this size into channels at the input and back at the output. 2 quarters the work
             at the highest resolution, which pays where compute is scarce; 1 is the paper's network.
 
@@ -179,7 +181,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(c))
 
-        self.norm_out = _group_norm(c, norm_groups)
+        self.norm_out = group_norm(c, norm_groups, EPS)
         self.conv_out = nn.Conv2d(c, channels * patch_size**2, 3, padding=1)
         self._init_weights()
 
@@ -205,10 +207,6 @@ class UNet(nn.Module):
         for layer in self.up:
             x = layer(x) if isinstance(layer, Upsample) else layer(torch.cat([x, skips.pop()], dim=1), time)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
-
-
-def _group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(gcd(channels, norm_groups), channels, eps=1e-6)
 
 
 def _check_positive(**values: int) -> None:

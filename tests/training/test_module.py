@@ -17,8 +17,8 @@ from src.training.lr import Constant
 from src.training.module import DiffusionModule
 from src.training.trainer import TrainerSettings
 
-GOLDEN_GRAD_NORM = 1.573066
-GOLDEN_CHECKSUM = 2485.75358
+GOLDEN_GRAD_NORM = 1.711851
+GOLDEN_CHECKSUM = 2485.76413
 
 
 def trained(
