@@ -93,6 +93,7 @@ def log_summary(logger: Logger, summary: dict[str, Any]) -> None:
     """Hands the run's summary to a tracker."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text("summary", "\n".join(f"    {k}: {v}" for k, v in summary.items()))
+        logger.experiment.flush()  # training is over, and with it Lightning's own flushing
     elif isinstance(logger, WandbLogger):
         logger.experiment.summary.update(summary)
 
