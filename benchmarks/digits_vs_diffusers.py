@@ -157,7 +157,8 @@ def estimate_steps(args: Namespace, seconds: float, skip: int = 5, count: int = 
 
 def loop(args: Namespace, model: nn.Module, max_steps: int) -> Generator[EMAModel, None, None]:
     """The example's training; yields the EMA after each step."""
-    data = ImageDataModule(Digits(), dir="", channels=1, image_size=8, batch_size=BATCH, flip=False, val_images=128)
+    shape = {"channels": 1, "image_size": 8, "num_classes": 10}
+    data = ImageDataModule(Digits(), dir="", batch_size=BATCH, flip=False, val_images=128, **shape)
     data.setup()
     scheduler = ddpm()
 

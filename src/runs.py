@@ -7,6 +7,7 @@ from src.build import build, refusals
 from src.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from src.diffusion.gaussian import GaussianDiffusion
@@ -103,6 +104,16 @@ def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
     parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density")]
     with refusals("objective"):
         return GaussianDiffusion(*parts)
+
+
+def cycled_labels(net: "nn.Module", indices: range, device: "torch.device") -> "Tensor | None":
+    """Labels 0, 1, ... over and over for the samples with these numbers; None for a network without labels."""
+    import torch
+
+    num_classes = getattr(net, "num_classes", None)
+    if num_classes is None:
+        return None
+    return torch.tensor([i % num_classes for i in indices], device=device)
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:

@@ -14,7 +14,9 @@ class SampleConfig:
     run: str
     out: str
     sampler: dict
-    num_samples: int
+    guidance: dict
+    labels: str | list[int] | None
+    num_samples: int | None
     batch_size: int
     seed: int
     weights: Literal["ema", "raw"]

@@ -13,6 +13,7 @@ class TrainConfig:
 
     name: str
     seed: int
+    label_dropout: float
     run: str | None
     overrides: list[str]
     choices: dict

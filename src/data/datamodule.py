@@ -18,6 +18,7 @@ class ImageDataModule(LightningDataModule):
         source: where the images come from.
         dir: folder of the image files.
         channels, image_size: what the images must be; networks are built from these before any image is read.
+        num_classes: how many different labels there are.
         batch_size: images a device and step.
         flip: mirror each training image with probability 1/2.
         val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
@@ -35,6 +36,7 @@ class ImageDataModule(LightningDataModule):
         dir: str,
         channels: int,
         image_size: int | tuple[int, int],
+        num_classes: int,
         batch_size: int,
         flip: bool,
         val_images: int,
@@ -50,6 +52,7 @@ class ImageDataModule(LightningDataModule):
         self.dir = Path(dir)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (channels, height, width)
+        self.num_classes = num_classes
         self.batch_size = batch_size
         self.flip = flip
         self.val_images = val_images
@@ -84,6 +87,11 @@ class ImageDataModule(LightningDataModule):
             raise UserError(
                 f"the images are {_shape(tuple(images.shape[1:]))}, not {_shape(self.image_shape)} as data.channels "
                 f"and data.image_size say; set those to what the images are"
+            )
+        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
+            raise UserError(
+                f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
+                f"{self.num_classes} does not allow; they must be 0 to data.num_classes - 1"
             )
         return ImageSet(images, data.labels)
 

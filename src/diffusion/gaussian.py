@@ -1,6 +1,7 @@
 """Gaussian diffusion = schedule + objective + weighting + density: the forward process, the loss and the denoiser.
 
-Networks are called as net(x_t, t) with x_t (B, C, H, W) and t (B,), and return F of the same shape as x_t.
+Networks are called as net(x_t, t), or net(x_t, t, y) where there are labels y (B,) int64, with x_t (B, C, H, W) and
+t (B,), and return F of the same shape as x_t.
 """
 
 from typing import Protocol
@@ -16,11 +17,11 @@ SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
 
 
 class Network(Protocol):
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, /, *labels: Tensor) -> Tensor: ...
 
 
 class Weighting(Protocol):
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor: ...
 
 
 class Density(Protocol):
@@ -41,8 +42,7 @@ class GaussianDiffusion:
         self.objective = objective
         self.weighting = weighting
         self.density = density
-        a, b = objective.row(schedule.alpha, schedule.sigma)
-        d = (schedule.alpha * b - schedule.sigma * a).abs()
+        d = objective.determinant(schedule.alpha, schedule.sigma).abs()
         if d.min() < SMALLEST_D:
             t = int(d.argmin())
             raise ValueError(
@@ -65,23 +65,29 @@ class GaussianDiffusion:
         alpha, sigma = self._level(t, x0)
         return alpha * x0 + sigma * noise
 
-    def p_losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def p_losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """The loss of each image, (B,): w mean((F - (a x0 + b eps))^2) over C, H, W.
 
         With the eps objective and w = 1 its mean over the batch is L_simple (Eq. 14, Ho et al. 2020).
         """
         alpha, sigma = self._level(t, x0)
         x_t = alpha * x0 + sigma * noise
-        F = net(x_t, t).float()
+        F = net(self.objective.network_input(x_t, alpha, sigma), t, *_given(y)).float()
         error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
-        return self.weighting(alpha.flatten(), sigma.flatten()) * error
+        alpha, sigma = alpha.flatten(), sigma.flatten()
+        return self.weighting(alpha, sigma, self.objective.determinant(alpha, sigma)) * error
 
-    def denoiser(self, net: Network) -> Denoiser:
-        """The network as samplers use it: E[x0 | x_t], (B, C, H, W), for a batch whose images are all at one level."""
+    def denoiser(self, net: Network, y: Tensor | None = None) -> Denoiser:
+        """The network as samplers use it: E[x0 | x_t, y], (B, C, H, W), for a batch whose images are all at one level.
+
+        Args:
+            y: (B,) int64 labels; None for none, also of a network that takes labels.
+        """
 
         def denoise(x_t: Tensor, level: Level) -> Tensor:
             t = torch.full((len(x_t),), level.t, device=x_t.device)
-            return self.objective.x0(x_t, net(x_t, t).to(x_t.dtype), level.alpha, level.sigma)
+            F = net(self.objective.network_input(x_t, level.alpha, level.sigma), t, *_given(y)).to(x_t.dtype)
+            return self.objective.x0(x_t, F, level.alpha, level.sigma)
 
         return denoise
 
@@ -89,3 +95,7 @@ class GaussianDiffusion:
         alpha, sigma = self.schedule.level(t)
         shape = (-1, *[1] * (like.ndim - 1))
         return alpha.view(shape), sigma.view(shape)
+
+
+def _given(y: Tensor | None) -> tuple[Tensor, ...]:
+    return () if y is None else (y,)

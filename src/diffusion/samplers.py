@@ -60,8 +60,8 @@ def toward(x: Tensor, x0: Tensor, t: Level, s: Level, tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StepSampler:
-    """A sampler whose every step is `toward` plus noise; subclasses say how much noise, and where the path goes.
+class Sampler:
+    """What all samplers have in common: the path, and how they ask the denoiser.
 
     Args:
         steps: network evaluations, 1 to T; None for the sampler's own default.
@@ -85,6 +85,22 @@ class StepSampler:
         """Network evaluations where none were asked for."""
         return schedule.num_timesteps
 
+    def guess(self, denoise: Denoiser, x: Tensor, level: Level) -> Tensor:
+        """E[x0 | x], clipped if the sampler clips."""
+        x0 = denoise(x, level)
+        return x0.clamp(-1, 1) if self.clip else x0
+
+    def __call__(
+        self, denoise: Denoiser, schedule: DiscreteSchedule, x: Tensor, noise: Callable[[], Tensor]
+    ) -> Iterator[Step]:
+        """Walks from `x`, (B, C, H, W) at the noisiest level, to images; `noise` gives a fresh z like `x` a call."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StepSampler(Sampler):
+    """A sampler whose every step is `toward` plus noise; subclasses say how much noise."""
+
     def stds(self, t: Level, s: Level) -> tuple[float, float]:
         """(tau of the step's mean, standard deviation of the noise that is added)."""
         raise NotImplementedError
@@ -92,10 +108,8 @@ class StepSampler:
     def __call__(
         self, denoise: Denoiser, schedule: DiscreteSchedule, x: Tensor, noise: Callable[[], Tensor]
     ) -> Iterator[Step]:
-        """Walks from `x`, (B, C, H, W) at the noisiest level, to images; `noise` gives a fresh z like `x` a call."""
         for index, (t, s) in enumerate(pairwise(self.path(schedule)), 1):
-            x0 = denoise(x, t)
-            x0 = x0.clamp(-1, 1) if self.clip else x0
+            x0 = self.guess(denoise, x, t)
             tau_mean, std = self.stds(t, s)
             x = toward(x, x0, t, s, tau_mean)
             if std > 0 and s.sigma > 0:  # the last step returns the mean
@@ -146,7 +160,7 @@ class DDIM(StepSampler):
 
 def generate(
     denoise: Denoiser,
-    sampler: StepSampler,
+    sampler: Sampler,
     schedule: DiscreteSchedule,
     shape: tuple[int, int, int],
     seed: int,

@@ -12,12 +12,16 @@ They are plain tensors, not buffers, so that a module cast to bfloat16 cannot ta
 New schedule: subclass `DiscreteSchedule`, hand the betas to `super().__init__`, add one YAML to conf/schedule.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
+TimeSpacing = Literal["leading", "linspace", "trailing", "quadratic"]
+Spacing = Literal["leading", "linspace", "trailing", "quadratic", "log_snr", "karras"]
+KARRAS_RHO = 7.0  # Karras et al. 2022, Sec. 3
 
 
 class Level(NamedTuple):
@@ -35,7 +39,8 @@ class DiscreteSchedule:
     """A variance-preserving schedule of T steps.
 
     Args:
-        betas: (T,) float64, each in (0, 1): the variance that step t adds (Eq. 2, Ho et al. 2020).
+        betas: (T,) float64, each in (0, 1): the variance that step t adds (Eq. 2, Ho et al. 2020). The last may be 1:
+            zero terminal SNR.
 
     Attributes:
         betas, alphas, alphas_cumprod: (T,) float64, the symbols of Ho et al. 2020.
@@ -49,8 +54,9 @@ class DiscreteSchedule:
     prior_std = 1.0
 
     def __init__(self, betas: Tensor) -> None:
-        if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("betas must be a non-empty vector of numbers between 0 and 1")
+        inside = (betas > 0) & (betas < 1)
+        if betas.ndim != 1 or len(betas) < 1 or not bool(inside[:-1].all()) or not 0 < betas[-1] <= 1:
+            raise ValueError("betas must be a non-empty vector of numbers between 0 and 1; only the last may be 1")
         self.betas = betas.double()
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
@@ -81,7 +87,7 @@ class DiscreteSchedule:
         """The time, (B,) int64 in [0, T), at the share `u`, (B,) in [0, 1), of the schedule's length."""
         return (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1)
 
-    def timesteps(self, steps: int, spacing: Spacing) -> list[int]:
+    def timesteps(self, steps: int, spacing: TimeSpacing) -> list[int]:
         """`steps` distinct times, largest first, that a sampler visits.
 
         leading:   0, r, 2r, ... with r = T // steps; never sees T - 1 unless steps = T (Song et al. 2021, linear tau)
@@ -93,10 +99,7 @@ class DiscreteSchedule:
             ValueError: when steps is not in [1, T] or the spacing has no such name.
         """
         T = self.num_timesteps
-        if not 1 <= steps <= T:
-            raise ValueError(
-                f"steps={steps} is not between 1 and num_timesteps={T}; choose fewer steps or a longer schedule"
-            )
+        self._check_steps(steps)
         i = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
             t = i * (T // steps)
@@ -112,9 +115,45 @@ class DiscreteSchedule:
         return [int(v) for v in t.flip(0)]
 
     def levels(self, steps: int, spacing: Spacing) -> list[Level]:
-        """The `steps + 1` levels of a sampler's path, noisiest first, ending at `CLEAN`."""
+        """The `steps + 1` levels of a sampler's path, noisiest first, ending at `CLEAN`.
+
+        Besides the spacings of `timesteps`:
+
+        log_snr: ln(alpha / sigma) evenly from T - 1 to 0, which suits the DPM-Solver family (Lu et al. 2022a, Sec. 3.4)
+        karras:  (sigma / alpha)^(1 / 7) evenly from T - 1 to 0 (Eq. 5, Karras et al. 2022)
+
+        These visit times between the whole ones, interpolated in ln(alpha / sigma).
+
+        Raises:
+            ValueError: when steps is out of range, there is no such spacing, or these two find no signal at T - 1.
+        """
+        if spacing == "log_snr" or spacing == "karras":
+            return [*self._levels_between(steps, spacing == "karras"), CLEAN]
         path = [Level(float(t), float(self.alpha[t]), float(self.sigma[t])) for t in self.timesteps(steps, spacing)]
         return [*path, CLEAN]
+
+    def _levels_between(self, steps: int, karras: bool) -> list[Level]:
+        self._check_steps(steps)
+        log_snr = (self.alpha / self.sigma).log()
+        if not torch.isfinite(log_snr[-1]):
+            raise ValueError("spacing by log-SNR cannot start where no signal is left; use trailing, or linspace")
+        if steps == 1:
+            path = log_snr[-1:]
+        elif karras:
+            ends = (-log_snr[[-1, 0]] / KARRAS_RHO).exp()  # (sigma / alpha)^(1 / rho)
+            path = -KARRAS_RHO * torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).log()
+        else:
+            path = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+        t = torch.from_numpy(np.interp(path.neg(), log_snr.neg(), np.arange(self.num_timesteps)))
+        alpha, sigma = (2 * path).sigmoid().sqrt(), (-2 * path).sigmoid().sqrt()
+        return [Level(*level) for level in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+
+    def _check_steps(self, steps: int) -> None:
+        T = self.num_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(
+                f"steps={steps} is not between 1 and num_timesteps={T}; choose fewer steps or a longer schedule"
+            )
 
 
 def _check_num_timesteps(num_timesteps: int) -> None:
@@ -122,38 +161,163 @@ def _check_num_timesteps(num_timesteps: int) -> None:
         raise ValueError(f"num_timesteps={num_timesteps} must be at least 1; Ho et al. use 1000")
 
 
-class Linear(DiscreteSchedule):
-    """betas evenly spaced from beta_start to beta_end (Sec. 4, Ho et al. 2020: 1e-4 to 0.02 with T = 1000).
+class _BetaRange(DiscreteSchedule):
+    """betas that rise from beta_start to beta_end; subclasses say how, in `ramp`.
+
+    Args:
+        num_timesteps: T.
+        beta_start, beta_end: the first and the last beta.
+        zero_terminal_snr: see `zero_terminal_snr`.
 
     Raises:
         ValueError: unless 0 < beta_start < beta_end < 1 and num_timesteps >= 1.
     """
 
-    def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        zero_terminal_snr: bool = False,
+    ) -> None:
         _check_num_timesteps(num_timesteps)
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
             if not 0 < beta < 1:
                 raise ValueError(f"{name}={beta} must lie strictly between 0 and 1; Ho et al. use 1e-4 to 0.02")
         if beta_end <= beta_start:
             raise ValueError(f"beta_end={beta_end} must be greater than beta_start={beta_start}: noise grows with time")
-        super().__init__(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+        betas = self.ramp(num_timesteps, beta_start, beta_end)
+        super().__init__(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+
+    @staticmethod
+    def ramp(T: int, start: float, end: float) -> Tensor:
+        """The betas, (T,) float64."""
+        raise NotImplementedError
 
 
-class Cosine(DiscreteSchedule):
-    """alphas_cumprod follows a squared cosine (Eq. 17, Nichol & Dhariwal 2021).
+class Linear(_BetaRange):
+    """betas evenly spaced (Sec. 4, Ho et al. 2020: 1e-4 to 0.02 with T = 1000)."""
 
-    f(u) = cos^2((u + s) / (1 + s) pi / 2),  beta_t = min(1 - f((t + 1) / T) / f(t / T), max_beta)
+    @staticmethod
+    def ramp(T: int, start: float, end: float) -> Tensor:
+        return torch.linspace(start, end, T, dtype=torch.float64)
+
+
+class ScaledLinear(_BetaRange):
+    """Roots of the betas evenly spaced ("quad" in the code of Ho et al. 2020; Rombach et al. 2022: 8.5e-4 to 0.012)."""
+
+    @staticmethod
+    def ramp(T: int, start: float, end: float) -> Tensor:
+        return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+
+
+class Quadratic(_BetaRange):
+    """betas rise with the square of time: beta_start + (beta_end - beta_start) (t / (T - 1))^2."""
+
+    @staticmethod
+    def ramp(T: int, start: float, end: float) -> Tensor:
+        return start + (end - start) * torch.linspace(0, 1, T, dtype=torch.float64) ** 2
+
+
+class _AlphaBar(DiscreteSchedule):
+    """alphas_cumprod_t = f((t + 1) / T) / f(0) for a falling f: beta_t = min(1 - f((t + 1) / T) / f(t / T), max_beta).
+
+    Args:
+        f: takes (T + 1,) float64 from 0 to 1.
+        num_timesteps: T.
+        max_beta: the largest beta that is allowed, in (0, 1).
+        zero_terminal_snr: see `rescale_to_zero_terminal_snr`.
+    """
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float, zero_terminal_snr: bool
+    ) -> None:
+        _check_num_timesteps(num_timesteps)
+        if not 0 < max_beta < 1:
+            raise ValueError(f"max_beta={max_beta} must lie strictly between 0 and 1; Nichol & Dhariwal use 0.999")
+        abar = f(torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps)
+        betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
+        super().__init__(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+
+
+class Cosine(_AlphaBar):
+    """alphas_cumprod follows a squared cosine: f(u) = cos^2((u + s) / (1 + s) pi / 2) (Eq. 17, Nichol & Dhariwal 2021).
 
     Raises:
         ValueError: unless num_timesteps >= 1, s >= 0 and 0 < max_beta < 1.
     """
 
-    def __init__(self, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> None:
-        _check_num_timesteps(num_timesteps)
+    def __init__(
+        self, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999, zero_terminal_snr: bool = False
+    ) -> None:
         if s < 0:
             raise ValueError(f"s={s} must not be negative; Nichol & Dhariwal use 0.008")
-        if not 0 < max_beta < 1:
-            raise ValueError(f"max_beta={max_beta} must lie strictly between 0 and 1; Nichol & Dhariwal use 0.999")
-        u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        f = torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
-        super().__init__((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+        super().__init__(
+            lambda u: torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2, num_timesteps, max_beta, zero_terminal_snr
+        )
+
+
+class Sigmoid(_AlphaBar):
+    """alphas_cumprod follows a sigmoid, from 1 to (nearly) 0 (Eq. 4 and Algorithm 1, Jabri et al. 2022).
+
+    f(u) = (S(end) - S(start + u (end - start))) / (S(end) - S(start)) with S(x) = sigmoid(x / tau)
+
+    Raises:
+        ValueError: unless start < end, tau > 0 and 0 < max_beta < 1.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        max_beta: float = 0.999,
+        zero_terminal_snr: bool = False,
+    ) -> None:
+        if not start < end or tau <= 0:
+            raise ValueError(f"start={start}, end={end}, tau={tau}: start must be below end, and tau positive")
+
+        def f(u: Tensor) -> Tensor:
+            first, last = (torch.tensor(x / tau, dtype=torch.float64).sigmoid() for x in (start, end))
+            return (last - ((start + u * (end - start)) / tau).sigmoid()) / (last - first)
+
+        super().__init__(f, num_timesteps, max_beta, zero_terminal_snr)
+
+
+class Laplace(_AlphaBar):
+    """ln(alpha^2 / sigma^2) is spread as a Laplace distribution, most of it near mu (Table 1, Hang et al. 2024).
+
+    ln SNR(u) = mu - b sgn(1/2 - u) ln(1 - 2 |u - 1/2|)
+
+    Args:
+        mu, b: centre and width of the distribution; at the ends, where it is infinite, u keeps 1 / (2 T) away.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        mu: float = 0.0,
+        b: float = 0.5,
+        max_beta: float = 0.999,
+        zero_terminal_snr: bool = False,
+    ) -> None:
+        if b <= 0:
+            raise ValueError(f"b={b} must be positive; Hang et al. use 0.5")
+
+        def f(u: Tensor) -> Tensor:
+            u = u.clamp(0.5 / num_timesteps, 1 - 0.5 / num_timesteps)
+            return (mu - b * torch.sign(0.5 - u) * torch.log(1 - 2 * (u - 0.5).abs())).sigmoid()
+
+        super().__init__(f, num_timesteps, max_beta, zero_terminal_snr)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas whose alpha is shifted to 0 at T - 1 and scaled to keep its first value (Algorithm 1, Lin et al. 2023).
+
+    Sampling then starts from what training has seen. The noise objective tells nothing there and is refused.
+    """
+    alpha = (1 - betas).cumprod(0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), alpha**2])
+    return 1 - abar[1:] / abar[:-1]

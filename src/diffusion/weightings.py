@@ -1,4 +1,10 @@
-"""How much each noise level counts in the loss.
+"""How much each noise level counts in the loss: w in w mean((F - (a x0 + b eps))^2).
+
+Papers state their weights on the error of x0 or of eps. With d = alpha b - sigma a these are multiples of one another,
+
+    x0_hat - x0 = -(sigma / d) (F_hat - F)        eps_hat - eps = (alpha / d) (F_hat - F)
+
+so a weight on the squared error of x0 is (sigma / d)^2 times as much on F's, whatever F is.
 
 New weighting: one class with `__call__`, one YAML in conf/weighting.
 """
@@ -11,8 +17,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Constant:
-    """w = 1: with the eps objective this is L_simple (Eq. 14, Ho et al. 2020)."""
+    """w = 1: L_simple for eps (Eq. 14, Ho et al. 2020), flow matching for flow, EDM's weighted loss for edm."""
 
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """w, (B,), for the levels alpha and sigma, (B,)."""
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
+        """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
         return torch.ones_like(alpha)
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, gamma) on the error of x0 (Eq. 8, Hang et al. 2023), right for every objective.
+
+    Args:
+        gamma: largest weight; Hang et al. use 5.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ValueError(f"gamma={self.gamma} must be positive; Hang et al. use 5")
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
+        """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
+        snr = (alpha / sigma) ** 2
+        return snr.clamp(max=self.gamma) * (sigma / d) ** 2
+
+
+@dataclass(frozen=True)
+class P2:
+    """1 / (k + SNR)^gamma on the error of eps (Eq. 8, Choi et al. 2022): less weight on what the eye does not see.
+
+    Args:
+        gamma: 0 is the constant weighting of eps; Choi et al. use 0.5 and 1.
+        k: keeps the weight finite; Choi et al. use 1.
+    """
+
+    gamma: float = 1.0
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0 or self.k <= 0:
+            raise ValueError(f"gamma={self.gamma} must not be negative, and k={self.k} must be positive")
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
+        """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
+        snr = (alpha / sigma) ** 2
+        return (alpha / d) ** 2 / (self.k + snr) ** self.gamma

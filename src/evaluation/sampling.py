@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from src.build import build, refusals
@@ -14,8 +14,10 @@ from src.diffusion.samplers import generate
 from src.errors import UserError
 from src.files import replacing
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
-from src.runs import Run, build_diffusion, image_shape
+from src.runs import Run, build_diffusion, cycled_labels, image_shape
 
+DEFAULT_SAMPLES = 64
+NO_LABELS = "was trained without labels; train with model.num_classes, as experiment=digits_conditional does"
 FRAMES = 50  # of an animation, at most
 COLUMNS = 10  # of a strip
 TRAJECTORIES = 8  # samples that a trajectory shows, at most
@@ -29,6 +31,9 @@ def draw(config: dict[str, Any], out: Path) -> None:
     Raises:
         UserError: for whatever the user can mend, before anything is written.
     """
+    asked = config["labels"]
+    if config["num_samples"] is None:
+        config = {**config, "num_samples": len(asked) if isinstance(asked, list) else DEFAULT_SAMPLES}
     if config["num_samples"] < 1 or config["batch_size"] < 1:
         raise UserError("num_samples and batch_size must be at least 1")
     run = Run(config["run"])
@@ -39,6 +44,12 @@ def draw(config: dict[str, Any], out: Path) -> None:
         steps = len(sampler.path(diffusion.schedule)) - 1
     net = run.load_net(config["weights"]).to(device)
     shape = image_shape(run.config)
+    labels = _labels(asked, net, config["num_samples"], run.checkpoint)
+    guidance = build(config["guidance"], "guidance")
+    if labels is None and guidance.scale != 1:
+        can = getattr(net, "num_classes", None) is not None
+        reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
+        raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
 
     weights = config["weights"]
     print(f"{config['num_samples']} samples of {run.checkpoint}, {weights} weights, {steps} steps, {device.type}")
@@ -50,7 +61,8 @@ def draw(config: dict[str, Any], out: Path) -> None:
         for low in numbers[:: config["batch_size"]]:
             indices = numbers[low : low + config["batch_size"]]
             shown = len(kept[low : low + len(indices)])  # of this batch, the first so many
-            denoise = diffusion.denoiser(net)
+            y = None if labels is None else labels[low : low + len(indices)].to(device)
+            denoise = guidance(diffusion.denoiser(net, y), diffusion.denoiser(net))
             batch_states, batch_guesses = [], []
             for step in generate(denoise, sampler, diffusion.schedule, shape, config["seed"], indices, device):
                 if shown:
@@ -65,7 +77,7 @@ def draw(config: dict[str, Any], out: Path) -> None:
                 guesses.append(torch.stack(batch_guesses))
 
     images = torch.cat(samples)
-    _save_npz(images, out / "samples.npz")
+    _save_npz(images, labels, out / "samples.npz")
     save_png(grid(images), out / "grid.png", enlarge(shape[1]))
     written = ["grid.png", "samples.npz"]
     if config["trajectory"]:
@@ -75,10 +87,27 @@ def draw(config: dict[str, Any], out: Path) -> None:
         print(f"  {out / name}")
 
 
-def _save_npz(images: Tensor, path: Path) -> None:
-    """arr_0 uint8 (N, H, W, C) in sample order, as guided-diffusion's evaluator reads it."""
+def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> Tensor | None:
+    """The label of each sample, (N,) int64; None for samples without labels."""
+    if asked is None:
+        return None
+    num_classes = getattr(net, "num_classes", None)
+    if num_classes is None:
+        raise UserError(f"labels={asked} are asked for, and {checkpoint} {NO_LABELS}")
+    if asked == "all":
+        return cycled_labels(net, range(num_samples), torch.device("cpu"))
+    if not isinstance(asked, list) or not asked or not all(type(y) is int and 0 <= y < num_classes for y in asked):
+        raise UserError(f"labels={asked} must be all, or a list of whole numbers from 0 to {num_classes - 1}")
+    return torch.tensor([asked[i % len(asked)] for i in range(num_samples)])
+
+
+def _save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
+    """arr_0 uint8 (N, H, W, C) in sample order, and arr_1 int64 labels: the layout of guided-diffusion's evaluator."""
+    arrays = [images.permute(0, 2, 3, 1).contiguous().numpy()]
+    if labels is not None:
+        arrays.append(labels.numpy())
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images.permute(0, 2, 3, 1).contiguous().numpy())
+        np.savez(file, *arrays)
 
 
 def _save_trajectory(states: Tensor, guesses: Tensor, out: Path) -> None:

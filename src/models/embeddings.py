@@ -46,6 +46,31 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1).to(self.dtype)
 
 
+class LabelEmbedding(nn.Module):
+    """A vector for each class, and one for "no label", which is the label num_classes.
+
+    Args:
+        num_classes: at least 1.
+        dim: size of the vectors.
+
+    Raises:
+        ValueError: when num_classes is less than 1.
+    """
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} must be at least 1, or null for a network without labels")
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor | None, batch: int) -> Tensor:
+        """(B,) int64 to (B, dim); None to (B, dim) of no label."""
+        if y is None:
+            y = torch.full((batch,), self.num_classes, device=self.table.weight.device)
+        return self.table(y)
+
+
 def check_divisible(image_size: tuple[int, int], factor: int, network: str) -> None:
     """Refuses image sizes that a network, which halves them log2(factor) times, cannot restore.
 

@@ -7,7 +7,7 @@ It is here to be read, and to be broken: `skip_connections=False` feeds zeros in
 import torch
 from torch import Tensor, nn
 
-from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, as_pair, check_divisible
 from src.models.norm import group_norm
 
 
@@ -39,6 +39,7 @@ class SimpleUNet(nn.Module):
         time_emb_dim: size of the time embedding.
         skip_connections: hand each encoder block's output to its decoder block.
         time_conditioning: tell the network t.
+        num_classes: of a network that takes labels; None for one that does not.
 
     Raises:
         ValueError: for sizes that cannot be halved three times, or hidden_dims that 8 does not divide.
@@ -52,6 +53,7 @@ class SimpleUNet(nn.Module):
         time_emb_dim: int = 256,
         skip_connections: bool = True,
         time_conditioning: bool = True,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_divisible(as_pair(image_size), 8, "simple_unet")
@@ -63,6 +65,8 @@ class SimpleUNet(nn.Module):
         self.time_embedding = nn.Sequential(
             SinusoidalEmbedding(time_emb_dim), nn.Linear(time_emb_dim, time_emb_dim), nn.SiLU()
         )
+        self.num_classes = num_classes
+        self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, time_emb_dim)
         self.encoder = nn.ModuleList(
             [Block(channels, d1, time_emb_dim), Block(d1, d2, time_emb_dim), Block(d2, d3, time_emb_dim)]
         )
@@ -74,10 +78,12 @@ class SimpleUNet(nn.Module):
         )
         self.out = nn.Conv2d(d1, channels, 1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         time = self.time_embedding(t)
         if not self.time_conditioning:
             time = torch.zeros_like(time)
+        if self.label_embedding is not None:
+            time = time + self.label_embedding(y, len(x))
         skips = []
         for block in self.encoder:
             x = block(x, time)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, as_pair, check_divisible
 from src.models.norm import group_norm
 
 EPS = 1e-6  # of the group norms
@@ -103,6 +103,7 @@ class UNet(nn.Module):
         num_heads: attention heads.
         middle_attention: attention between the two blocks at the bottom.
         dropout: probability, after the second norm and activation of each block.
+        num_classes: of a network that takes labels; None for one that does not.
         norm_groups: the most groups of a group norm; see `group_norm`.
         patch_size: folds patches of this size into channels at the input and back at the output. 2 quarters the work
             at the highest resolution, which pays where compute is scarce; 1 is the paper's network.
@@ -124,6 +125,7 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         norm_groups: int = 32,
         patch_size: int = 1,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         _check_positive(base_channels=base_channels, num_res_blocks=num_res_blocks, num_heads=num_heads)
@@ -158,6 +160,8 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_dim, time_dim),
         )
+        self.num_classes = num_classes
+        self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, time_dim)
         self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
 
         self.down = nn.ModuleList()
@@ -195,8 +199,11 @@ class UNet(nn.Module):
         for conv in [*last, self.conv_out]:
             nn.init.zeros_(conv.weight)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = F.silu(self.time_embedding(t))  # every block starts with it
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        time = self.time_embedding(t)
+        if self.label_embedding is not None:
+            time = time + self.label_embedding(y, len(x))
+        time = F.silu(time)  # every block starts with it
         x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [x]
         for layer in self.down:

@@ -62,6 +62,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         "checkpoint": {"run_dir": run_dir, "config": config},
         "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
     }
+    if not 0 <= config["label_dropout"] < 1:
+        raise UserError(f"label_dropout={config['label_dropout']} must lie in [0, 1)")
     callbacks = {
         name: build(node, f"callbacks.{name}", **runtime.get(name, {})) for name, node in config["callbacks"].items()
     }
@@ -73,6 +75,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         settings.gradient_clip_norm,
         callbacks["ema"],
         config["seed"],
+        config["label_dropout"],
     )
     samplers = {"sampler": build(config["sampler"], "sampler"), "callbacks.samples": callbacks["samples"].sampler}
     for path, sampler in samplers.items():

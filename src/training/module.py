@@ -28,6 +28,8 @@ class DiffusionModule(LightningModule):
         lr_schedule: factor on the learning rate at (step, max_steps).
         gradient_clip_norm: largest norm of the whole gradient; None for no clipping.
         ema: the average to validate beside the raw weights.
+        label_dropout: probability that an image trains without its label, which is what classifier-free guidance needs;
+            of no account for a network without labels.
         seed: all randomness of a step follows from (seed, step, rank).
     """
 
@@ -40,6 +42,7 @@ class DiffusionModule(LightningModule):
         gradient_clip_norm: float | None,
         ema: EMA,
         seed: int,
+        label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.net = net
@@ -49,15 +52,24 @@ class DiffusionModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
         self.seed = seed
+        self.label_dropout = label_dropout
+        self.num_classes: int | None = getattr(net, "num_classes", None)
         self.grad_norm: Tensor | None = None
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """See `GaussianDiffusion.q_sample`."""
         return self.diffusion.q_sample(x0, t, noise)
 
-    def p_losses(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def p_losses(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """See `GaussianDiffusion.p_losses`: the loss of each image, (B,)."""
-        return self.diffusion.p_losses(self.net, x0, t, noise)
+        return self.diffusion.p_losses(self.net, x0, t, noise, y)
+
+    def drop_labels(self, y: Tensor) -> Tensor | None:
+        """Each image's own label, or "none" with probability label_dropout (Algorithm 1, Ho & Salimans 2022)."""
+        if self.num_classes is None:
+            return None
+        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
+        return y.masked_fill(dropped, self.num_classes)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         accumulate = self.trainer.accumulate_grad_batches
@@ -67,7 +79,8 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch.x0
         t = self.diffusion.draw_t(len(x0), x0.device)
-        return self.p_losses(x0, t, torch.randn_like(x0)).mean()
+        noise = torch.randn_like(x0)
+        return self.p_losses(x0, t, noise, self.drop_labels(batch.label)).mean()
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(2, 1 + QUARTERS, dtype=torch.float64)  # loss of raw and EMA: in all, by quarter of t
@@ -80,13 +93,14 @@ class DiffusionModule(LightningModule):
         # Image i is asked at u_i = frac(i phi): fixed, and evenly spread over t however many images there are.
         u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1.0 for i in index], dtype=torch.float32)
         t = self.diffusion.schedule.time(u).to(x0.device)
+        y = None if self.num_classes is None else batch.label
         bins = torch.nn.functional.one_hot((u * QUARTERS).long(), QUARTERS).double()
         bins = torch.cat([torch.ones(len(index), 1, dtype=torch.float64), bins], dim=1)
         self._counts += bins.sum(0)
         raw: AbstractContextManager[None] = nullcontext()
         for row, weights in enumerate((raw, self.ema.swapped())):
             with weights:
-                self._sums[row] += self.p_losses(x0, t, noise).double().cpu() @ bins
+                self._sums[row] += self.p_losses(x0, t, noise, y).double().cpu() @ bins
 
     def on_validation_epoch_end(self) -> None:
         reduce = self.trainer.strategy.reduce

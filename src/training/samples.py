@@ -9,8 +9,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from src.diffusion.samplers import StepSampler, generate
+from src.diffusion.samplers import Sampler, generate
 from src.pictures import enlarge, grid, save_png, to_uint8
+from src.runs import cycled_labels
 from src.training.loggers import log_image
 
 
@@ -33,7 +34,7 @@ class SampleGrid(Callback):
         self,
         run_dir: Path,
         image_shape: tuple[int, int, int],
-        sampler: StepSampler,
+        sampler: Sampler,
         every_n_steps: int = 1000,
         num_samples: int = 64,
         batch_size: int = 64,
@@ -72,7 +73,8 @@ class SampleGrid(Callback):
     def _sample(self, module: LightningModule, low: int) -> Tensor:
         diffusion: Any = module.diffusion
         indices = range(low, min(low + self.batch_size, self.num_samples))
-        denoise = diffusion.denoiser(module.net)
+        net: Any = module.net
+        denoise = diffusion.denoiser(net, cycled_labels(net, indices, module.device))
         steps = generate(denoise, self.sampler, diffusion.schedule, self.image_shape, 0, indices, module.device)
         (last,) = deque(steps, maxlen=1)
         return last.x

@@ -102,7 +102,15 @@ def test_a_damaged_zip_is_refused(tmp_path, images, damage):
 
 
 def module(tmp_path, **settings) -> ImageDataModule:
-    arguments = {"channels": 3, "image_size": 32, "batch_size": 4, "flip": True, "val_images": 10, **settings}
+    arguments = {
+        "channels": 3,
+        "image_size": 32,
+        "num_classes": 30,
+        "batch_size": 4,
+        "flip": True,
+        "val_images": 10,
+        **settings,
+    }
     return ImageDataModule(CIFAR10(), str(tmp_path), **arguments)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from src.diffusion.densities import Stratified, Uniform
 from src.diffusion.gaussian import GaussianDiffusion
-from src.diffusion.objectives import X0, Eps, V
+from src.diffusion.objectives import X0, Edm, Eps, Flow, V
 from src.diffusion.samplers import DDIM
 from src.diffusion.schedules import Cosine, Linear
 from src.diffusion.weightings import Constant
@@ -83,7 +83,7 @@ def test_a_perfect_network_has_no_loss(objective, answer):
 def test_weighting_counts_each_image_by_its_own_level():
     """Catches a weight that broadcasts over the wrong dimension or sees the wrong level."""
 
-    def snr(alpha, sigma):
+    def snr(alpha, sigma, d):
         return (alpha / sigma) ** 2
 
     x0, noise = torch.randn(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def test_weighting_counts_each_image_by_its_own_level():
     weighted = ddpm(weighting=snr).p_losses(lambda x, t: x, x0, t, noise)
     abar = Linear(1000).alphas_cumprod[t]
     torch.testing.assert_close(weighted / plain, (abar / (1 - abar)).float(), rtol=1e-5, atol=0)
-    assert torch.equal(Constant()(abar, abar), torch.ones_like(abar))
+    assert torch.equal(Constant()(abar, abar, abar), torch.ones_like(abar))
 
 
 def test_the_loss_of_a_bfloat16_network_is_float32():
@@ -114,7 +114,7 @@ def test_draw_t_is_the_density_on_the_schedule():
     assert len(ddpm(schedule=Linear(100)).draw_t(50, torch.device("cpu")).unique()) < 50
 
 
-@pytest.mark.parametrize("objective", [Eps(), X0(), V()])
+@pytest.mark.parametrize("objective", [Eps(), X0(), V(), Flow(), Edm(), Edm(sigma_data=1.3)])
 def test_denoiser_recovers_x0_from_a_perfect_network(objective):
     """Catches a denoiser that undoes another objective's mix, or answers in the network's precision."""
     schedule = Linear(1000)

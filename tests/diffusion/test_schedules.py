@@ -10,9 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-from src.diffusion.schedules import CLEAN, Cosine, DiscreteSchedule, Level, Linear, Spacing
+from src.diffusion.densities import Uniform
+from src.diffusion.gaussian import GaussianDiffusion
+from src.diffusion.objectives import X0, Edm, Eps, Flow, V
+from src.diffusion.schedules import (
+    CLEAN,
+    Cosine,
+    DiscreteSchedule,
+    Laplace,
+    Level,
+    Linear,
+    Quadratic,
+    ScaledLinear,
+    Sigmoid,
+    TimeSpacing,
+)
+from src.diffusion.weightings import Constant as ConstantWeight
 
-SPACINGS = get_args(Spacing)
+SPACINGS = get_args(TimeSpacing)
 
 
 def test_linear_tables_equal_the_paper():
@@ -68,7 +83,7 @@ def test_cosine_follows_equation_17_and_clips(max_beta):
         (lambda: Cosine(s=-0.5), "s=-0.5"),
         (lambda: Cosine(max_beta=1.0), "max_beta=1.0"),
         (lambda: Cosine(max_beta=0.0), "max_beta=0.0"),
-        (lambda: DiscreteSchedule(torch.tensor([0.1, 1.0])), "betas"),
+        (lambda: DiscreteSchedule(torch.tensor([1.0, 0.1])), "betas"),
         (lambda: DiscreteSchedule(torch.tensor([0.0, 0.1])), "betas"),
         (lambda: DiscreteSchedule(torch.tensor([math.nan])), "betas"),
         (lambda: DiscreteSchedule(torch.tensor([])), "betas"),
@@ -187,3 +202,57 @@ def test_time_covers_every_step_evenly_and_never_reaches_T(T):
     times = Linear(T).time(u.float())
     assert torch.equal(times, torch.arange(T).repeat_interleave(4))
     assert Linear(T).time(torch.tensor([0.0, 1 - 2**-24, 1.0])).tolist() == [0, T - 1, T - 1]
+
+
+def test_scaled_linear_and_quadratic_are_their_formulas():
+    k = np.arange(1000) / 999
+    scaled = (np.sqrt(8.5e-4) + (np.sqrt(0.012) - np.sqrt(8.5e-4)) * k) ** 2
+    np.testing.assert_allclose(ScaledLinear(1000, 8.5e-4, 0.012).betas.numpy(), scaled, rtol=1e-12)
+    np.testing.assert_allclose(Quadratic(1000, 1e-4, 0.02).betas.numpy(), 1e-4 + (0.02 - 1e-4) * k**2, rtol=1e-12)
+
+
+def test_sigmoid_is_algorithm_1_of_jabri_et_al():
+    """gamma(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)); clipping moves only the last steps."""
+
+    def S(x):
+        return 1 / (1 + np.exp(-x))
+
+    u = np.arange(1, 1001) / 1000
+    gamma = (S(3.0) - S(-3.0 + 6.0 * u)) / (S(3.0) - S(-3.0))
+    np.testing.assert_allclose(Sigmoid().alphas_cumprod[:-1].numpy(), gamma[:-1], rtol=1e-9)
+
+
+def test_laplace_has_a_laplace_distribution_of_log_snr():
+    """A share u of the times has ln SNR above the (1 - u) quantile of Laplace(mu, b)."""
+    schedule = Laplace(mu=0.4, b=0.7)
+    log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log()
+    u = (torch.arange(1, 1001, dtype=torch.float64) / 1000)[10:-10]
+    quantile = torch.distributions.Laplace(*torch.tensor([0.4, 0.7], dtype=torch.float64)).icdf(1 - u)
+    first = torch.tensor(2 * 0.5 / 1000, dtype=torch.float64).log()  # f(0) is not 1, and alphas_cumprod is f over f(0)
+    f0 = (0.4 - 0.7 * first).sigmoid()
+    expected = torch.special.logit(torch.sigmoid(quantile) / f0)
+    torch.testing.assert_close(log_snr[10:-10], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [Linear, ScaledLinear, Quadratic, Cosine, Sigmoid, Laplace])
+def test_zero_terminal_snr_shifts_and_scales_the_roots(make):
+    """Algorithm 1 of Lin et al. 2023: nothing left at T - 1, the first alpha kept, one straight map in between."""
+    plain, zero = make(), make(zero_terminal_snr=True)
+    assert zero.alpha[-1] == 0
+    assert zero.alpha[0].item() == pytest.approx(plain.alpha[0].item(), rel=1e-9)
+    slope = plain.alpha[0] / (plain.alpha[0] - plain.alpha[-1])
+    torch.testing.assert_close(zero.alpha, (plain.alpha - plain.alpha[-1]) * slope, rtol=0, atol=1e-9)
+
+
+def test_noise_prediction_without_signal_is_refused_with_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"Eps does not tell the image at t=999, where alpha is 0\.0e\+00: use objective=v"
+    ):
+        GaussianDiffusion(Linear(zero_terminal_snr=True), Eps(), ConstantWeight(), Uniform())
+    for objective in (X0(), V(), Flow(), Edm()):
+        GaussianDiffusion(Linear(zero_terminal_snr=True), objective, ConstantWeight(), Uniform())
+
+
+def test_a_schedule_that_leaves_nothing_of_the_image_early_is_refused():
+    with pytest.raises(ValueError, match="nothing of the image is left from t="):
+        Linear(1000, 1e-4, 0.99)

@@ -34,7 +34,7 @@ def trained(
 
     module = DiffusionModule(net, diffusion, optimizer, Constant(), clip, ema, seed=0)
     settings = {"batch_size": 16, "flip": False, "val_images": 64, **data}
-    images = ImageDataModule(Digits(), "data", channels=1, image_size=8, **settings)
+    images = ImageDataModule(Digits(), "data", channels=1, image_size=8, num_classes=10, **settings)
     images.setup()
     trainer = TrainerSettings(
         accelerator="cpu", max_steps=max_steps, val_every_n_steps=max_steps, precision="32-true"

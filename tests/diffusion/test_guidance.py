@@ -1,0 +1,70 @@
+"""Classifier-free guidance: a scale of 1 is the conditional model and 0 the unconditional one, to the bit."""
+
+import pytest
+import torch
+
+from src.diffusion.guidance import ClassifierFree
+from src.diffusion.schedules import Linear
+
+LEVELS = Linear().levels(10, "trailing")
+
+
+def conditional(x, level):
+    return (x * 0.3 + 0.1).cos()
+
+
+def unconditional(x, level):
+    return (x * 0.7 - 0.2).sin()
+
+
+def refuse(x, level):
+    raise AssertionError("a model was asked that has no say")
+
+
+X = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_scale_one_is_the_conditional_model_and_asks_no_other():
+    assert torch.equal(ClassifierFree(scale=1.0)(conditional, refuse)(X, LEVELS[0]), conditional(X, LEVELS[0]))
+
+
+def test_scale_zero_is_the_unconditional_model_and_asks_no_other():
+    assert torch.equal(ClassifierFree(scale=0.0)(refuse, unconditional)(X, LEVELS[0]), unconditional(X, LEVELS[0]))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 7.5])
+def test_guiding_x0_is_guiding_eps(scale):
+    """Eq. 6 of Ho & Salimans 2022 is stated for eps: (1 + w) eps_c - w eps_u with w = scale - 1."""
+    level = LEVELS[4]
+    x = X.double()
+
+    def eps_of(x0):
+        return (x - level.alpha * x0) / level.sigma
+
+    guided = ClassifierFree(scale=scale)(conditional, unconditional)(x, level)
+    expected = scale * eps_of(conditional(x, level)) - (scale - 1) * eps_of(unconditional(x, level))
+    torch.testing.assert_close(eps_of(guided), expected, rtol=0, atol=1e-10)
+
+
+def test_outside_its_interval_the_conditional_model_is_alone():
+    level = LEVELS[5]
+    ratio = level.sigma / level.alpha
+    inside = ClassifierFree(scale=3.0, interval=(ratio * 0.9, ratio * 1.1))(conditional, unconditional)
+    assert torch.equal(inside(X, level), ClassifierFree(scale=3.0)(conditional, unconditional)(X, level))
+    for other in (LEVELS[0], LEVELS[9]):
+        assert torch.equal(inside(X, other), conditional(X, other))
+
+
+def test_full_rescale_keeps_the_conditional_standard_deviation():
+    level = LEVELS[3]
+    guided = ClassifierFree(scale=5.0, rescale=1.0)(conditional, unconditional)(X, level)
+    expected = conditional(X, level).flatten(1).std(1)
+    torch.testing.assert_close(guided.flatten(1).std(1), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"scale": -1.0}, {"interval": (2.0, 1.0)}, {"rescale": 1.5}], ids=["scale", "interval", "rescale"]
+)
+def test_settings_that_mean_nothing_are_refused(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
+        ClassifierFree(**arguments)
