@@ -8,9 +8,11 @@ and not a traceback in the middle. Nodes are plain dicts; nothing here knows Hyd
 import difflib
 import importlib
 import inspect
+import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,11 +32,17 @@ def build(node: Mapping[str, Any], path: str, /, **runtime: Any) -> Any:
     Raises:
         UserError: when the target refuses its arguments with a ValueError.
     """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UserError(f"{path} has no _target_ to build; choose an option of its group, or give {path}._target_=...")
     target = locate(node["_target_"], path)
     arguments = {key: _as_argument(value, join(path, key)) for key, value in node.items() if key not in SPECIAL}
     call = partial(target, **arguments, **runtime)
     if node.get("_partial_"):
         return call
+    try:
+        inspect.signature(target).bind(**arguments, **runtime)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; do not delete settings, set them") from error
     with refusals(path):
         return call()
 
@@ -68,6 +76,10 @@ def check_arguments(target: Any, arguments: Mapping[str, Any], path: str) -> Non
     """Checks keys and values against the target's parameters and their annotations."""
     hints = _hints(target)
     names = list(inspect.signature(target).parameters)
+    if inspect.isclass(target) and is_dataclass(target):
+        for field in fields(target):
+            if field.default is MISSING and field.name not in arguments:
+                raise UserError(f"the setting {join(path, field.name)} is missing; do not delete it, set it")
     for key, value in arguments.items():
         if key in SPECIAL:
             continue
@@ -134,7 +146,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is str:
         return isinstance(value, str)
     if origin is tuple and Ellipsis not in get_args(hint):
@@ -157,7 +169,8 @@ def _describe(hint: Any) -> str:
         return f"[{', '.join(_describe(option) for option in get_args(hint))}]"
     if origin in (list, tuple, Sequence):
         return f"a list, each {_describe(get_args(hint)[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a group"}
+    names[type(None)] = "null"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

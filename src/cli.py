@@ -10,13 +10,15 @@ A command is a function of its resolved configuration (plain containers) and the
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -49,16 +51,27 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         try:
             flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
             others = [argument for argument in sys.argv[1:] if argument not in flags]
+            if flags:
+                others += _one_sweep_folder(others)
             sys.argv[1:] = flags + _with_inherited(others, inherit)  # argparse takes -m only before the overrides
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         except UserError as error:
             _fail(str(error))
+        except OverrideParseException as error:
+            _fail(
+                f"{error.override!r} is not a setting that Hydra can read; key=value, and a value with special "
+                "characters in two pairs of quotes: \"key='value'\""
+            )
         except (HydraException, OmegaConfBaseException) as error:
             _fail(_explain(error))
         except OSError as error:
             if _job.started:  # type: ignore[attr-defined]
                 raise
             _fail(f"the output folder cannot be made: {error}; choose another with hydra.run.dir=<folder>")
+        except ValueError as error:  # of Hydra, for a group that was set to null
+            if _job.started:  # type: ignore[attr-defined]
+                raise
+            _fail(f"{' '.join(str(error).split())}; choose an option of its group, --help names them")
 
     return main
 
@@ -71,14 +84,41 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
             plain: Any = OmegaConf.to_container(cfg, resolve=True)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error)) from error
+        for key in ("run", "out"):  # a folder may be called 2026
+            if type(plain.get(key)) in (int, float):
+                plain[key] = str(plain[key])
         check_arguments(schema, plain, "")
         check(plain, "")
+        if not 0 <= plain["seed"] < 2**63:
+            raise UserError(f"seed={plain['seed']} must lie between 0 and 2^63 - 1")
+        _check_writable(run_dir)
         return task(plain, run_dir)
     except UserError as error:
-        RememberFolders.remove()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweep goes on, and ends with this error
         _fail(str(error))
+    finally:
+        RememberFolders.remove()
+
+
+def _check_writable(folder: Path) -> None:
+    if folder == Path.cwd():
+        raise UserError("the output folder is the working directory; choose another with hydra.run.dir=<folder>")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error}); choose another with hydra.run.dir=<folder>"
+        ) from error
+
+
+def _one_sweep_folder(overrides: list[str]) -> list[str]:
+    """A sweep over experiments would put each job into another experiment's folder: it gets one of its own."""
+    several = any(o.startswith("experiment=") and "," in o for o in overrides)
+    if not several or any(o.startswith("hydra.sweep.dir=") for o in overrides):
+        return []
+    return ["hydra.sweep.dir=outputs/multirun/experiments/${now:%Y-%m-%d_%H-%M-%S-%f}"]
 
 
 def plain_value(value: Any) -> str:
@@ -98,12 +138,22 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
         UserError: when `run=` names nothing that holds a run.
     """
     overrides = [argument for argument in argv if not argument.startswith("-")]
-    values = [override.partition("=")[2] for override in overrides if override.startswith("run=")]
-    if not values or "," in values[-1] or values[-1] in ("", "null"):
+    texts = [override for override in overrides if override.lstrip("+").startswith("run=")]
+    if not texts:
+        return argv
+    override = OverridesParser.create().parse_override(texts[-1].lstrip("+"))
+    if override.is_sweep_override():
+        if not any(o.startswith("sampler=") for o in overrides):
+            raise UserError(
+                "several runs at once may differ in their sampler: to sample, choose one; to train, continue one run"
+            )
+        return argv
+    value = override.value()
+    if value is None or str(value) == "":
         return argv
     from src.runs import Run
 
-    run = Run(values[-1].strip("'\""))
+    run = Run(str(value))
     return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.build import build, refusals
 from src.errors import UserError
+from src.shapes import as_pair
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 LAST = Path("checkpoints", "last.ckpt")
 BEST = Path("checkpoints", "best.ckpt")
+PARTS = {"name", "overrides", "schedule", "objective", "weighting", "density", "model", "sampler", "data"}
 
 
 class Run:
@@ -23,6 +25,7 @@ class Run:
     Attributes:
         folder: the run's folder; of a checkpoint outside one, the folder that it lies in.
         checkpoint: the file with the weights; may not exist yet in a folder whose run has just begun.
+        in_folder: whether the checkpoint belongs to the folder; one that was taken elsewhere brings its configuration.
         config: the resolved configuration, plain containers.
 
     Raises:
@@ -31,21 +34,23 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
+        self.in_folder = True
         if path.is_dir():
             self.folder, self.checkpoint = path, path / LAST
         elif path.is_file() and path.suffix == ".ckpt":
-            inside = path.resolve().parent.name == LAST.parent.name
-            self.folder, self.checkpoint = (path.parent.parent if inside else path.parent), path
+            parent = path.resolve().parent
+            self.in_folder = parent.name == LAST.parent.name and (parent.parent / CONFIG).is_file()
+            self.folder, self.checkpoint = (parent.parent if self.in_folder else parent), path
         else:
             raise UserError(f"run={path} is neither a run folder nor a .ckpt file; runs lie in outputs/<experiment>/")
-        config = self._config()
-        if not isinstance(config, dict) or "model" not in config:
+        config = self._read_config() if self.in_folder else self.load_checkpoint()["config"]
+        if not isinstance(config, dict) or not config.keys() >= PARTS:
             raise UserError(
                 f"run={path} is not a run: it has no {CONFIG} that a training wrote; runs lie in outputs/<experiment>/"
             )
         self.config: dict[str, Any] = config
 
-    def _config(self) -> Any:
+    def _read_config(self) -> Any:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
@@ -55,7 +60,7 @@ class Run:
                 return OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG))
             except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
                 raise UserError(f"{self.folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
-        return self.load_checkpoint().get("config") if self.checkpoint.is_file() else None
+        return None
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The checkpoint, on the CPU; never executes what it holds.
@@ -70,7 +75,7 @@ class Run:
         try:
             checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged bytes raises anything
-            reason = str(error).split("\n")[0].split(". ")[0]
+            reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
             raise UserError(f"{self.checkpoint} is damaged or not a checkpoint ({reason}); use another one") from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "ema", "config"} <= checkpoint.keys():
             raise UserError(
@@ -118,9 +123,7 @@ def cycled_labels(net: "nn.Module", indices: range, device: "torch.device") -> "
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of the images of a run."""
-    size = config["data"]["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["data"]["channels"], height, width
+    return config["data"]["channels"], *as_pair(config["data"]["image_size"])
 
 
 def net_state(state_dict: dict[str, "Tensor"]) -> dict[str, "Tensor"]:

@@ -40,11 +40,18 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from src.files import as_override, shown
     from src.training.fit import fit
+    from src.training.stop import Stopped
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return fit(config, run_dir, sweep=Path(HydraConfig.get().sweep.dir).name if sweep else None)
+    try:
+        return fit(config, run_dir, sweep=Path(HydraConfig.get().sweep.dir).name if sweep else None)
+    except Stopped as stopped:
+        folder = Path(config["run"]) if config["run"] is not None else run_dir
+        print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
+        raise SystemExit(128 + stopped.signum) from None
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from src.data.loader import EvalLoader, TrainLoader
 from src.data.sources import ImageSet, Source
 from src.errors import UserError
 from src.randomness import generator, mix
+from src.shapes import as_pair
 
 
 class ImageDataModule(LightningDataModule):
@@ -44,14 +45,12 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or val_images < 1 or pad < 0:
-            raise ValueError(
-                f"batch_size={batch_size} and val_images={val_images} must be at least 1, pad={pad} at least 0"
-            )
+        for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("pad", pad, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.source = source
         self.dir = Path(dir)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_shape = (channels, height, width)
+        self.image_shape = (channels, *as_pair(image_size))
         self.num_classes = num_classes
         self.batch_size = batch_size
         self.flip = flip
@@ -101,11 +100,6 @@ class ImageDataModule(LightningDataModule):
         data = self.train
         if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
             data = ImageSet(data.images.to(device), data.labels.to(device))
-        if self.batch_size * self.trainer.world_size > len(data):
-            raise UserError(
-                f"{self.trainer.world_size} devices of data.batch_size={self.batch_size} take more than the "
-                f"{len(data)} training images a step; choose a smaller batch"
-            )
         return TrainLoader(
             data,
             device,

@@ -62,7 +62,8 @@ class MNIST:
 
     def load(self, dir: Path) -> tuple[ImageSet, ImageSet | None]:
         folder = dir / self.name / "raw"
-        return _torchvision(self.name, folder, f"its four *-ubyte files in {folder}", self._convert)
+        files = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+        return _torchvision(self.name, folder, files, f"its four *-ubyte files in {folder}", self._convert)
 
     @staticmethod
     def _convert(split: Any) -> ImageSet:
@@ -85,7 +86,8 @@ class CIFAR10:
         if train.exists():
             return read_zip(train), read_zip(test) if test.exists() else None
         where = f"cifar-10-batches-py in {dir}, or cifar10-32x32.zip as EDM's dataset tool writes it"
-        return _torchvision("CIFAR10", dir / "cifar-10-batches-py", where, self._convert)
+        files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+        return _torchvision("CIFAR10", dir / "cifar-10-batches-py", files, where, self._convert)
 
     @staticmethod
     def _convert(split: Any) -> ImageSet:
@@ -115,7 +117,16 @@ def read_zip(path: Path) -> ImageSet:
             )
             by_name = dict(labels) if labels else dict.fromkeys(names, 0)
             y = torch.tensor([by_name[name] for name in names])
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, SyntaxError) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        SyntaxError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged or not what it says ({error}); delete it and make it anew") from error
@@ -124,12 +135,15 @@ def read_zip(path: Path) -> ImageSet:
     return ImageSet(x.permute(0, 3, 1, 2).contiguous(), y)
 
 
-def _torchvision(name: str, folder: Path, where: str, convert: Callable[[Any], ImageSet]) -> tuple[ImageSet, ImageSet]:
+def _torchvision(
+    name: str, folder: Path, files: list[str], where: str, convert: Callable[[Any], ImageSet]
+) -> tuple[ImageSet, ImageSet]:
     """Both splits of a torchvision set, downloaded where they are not there.
 
     Args:
         name: torchvision's class.
         folder: where torchvision keeps the files, below the root that it is given.
+        files: what must be there.
         where: the same for a reader.
         convert: makes an ImageSet of a split.
 
@@ -139,7 +153,7 @@ def _torchvision(name: str, folder: Path, where: str, convert: Callable[[Any], I
     import torchvision.datasets
 
     root = folder.parent.parent if folder.name == "raw" else folder.parent
-    was_there = folder.exists() and any(folder.iterdir())
+    missing = [file for file in files if not (folder / file).exists()]
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a download that stalls ends
@@ -149,13 +163,14 @@ def _torchvision(name: str, folder: Path, where: str, convert: Callable[[Any], I
         train, test = (convert(split) for split in splits)
     except Exception as error:  # torchvision meets damage with whatever its parser happens to raise
         reason = " ".join(str(error).split())
-        if was_there:
-            raise UserError(f"{name} in {root} is damaged ({reason}); delete {folder} and provide {where}") from error
+        if not missing:
+            raise UserError(f"{name} in {root} is damaged ({reason}); replace it by {where}") from error
         for parent in made:  # by torchvision, for files that did not come
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
         raise UserError(
-            f"{name} is not in {root} and could not be downloaded ({reason}); provide {where}, or set data.dir"
+            f"{name} is not in {root} ({', '.join(missing)} missing) and could not be downloaded ({reason}); "
+            f"provide {where}, or set data.dir"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -85,8 +85,3 @@ def check_divisible(image_size: tuple[int, int], factor: int, network: str) -> N
                 f"{network} cannot halve images of {image_size[0]}x{image_size[1]}: sizes must be multiples of "
                 f"{factor}, the nearest to {size}: {nearest}; resize or pad the images, or use fewer levels"
             )
-
-
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

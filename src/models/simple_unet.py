@@ -7,8 +7,9 @@ It is here to be read, and to be broken: `skip_connections=False` feeds zeros in
 import torch
 from torch import Tensor, nn
 
-from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, as_pair, check_divisible
+from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, check_divisible
 from src.models.norm import group_norm
+from src.shapes import as_pair
 
 
 class Block(nn.Module):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, as_pair, check_divisible
+from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, check_divisible
 from src.models.norm import group_norm
+from src.shapes import as_pair
 
 EPS = 1e-6  # of the group norms
 

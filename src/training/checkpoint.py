@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from src.files import replacing
 from src.runs import BEST, LAST
+from src.training.stop import Stop, Stopped
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,9 +29,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoint(Callback):
     """Keeps checkpoints/last.ckpt, every so many steps and at the end, and checkpoints/best.ckpt, by val/loss_ema.
 
+    It is the last of the callbacks: what the others do after a step is in the checkpoint of that step.
+
     Args:
         run_dir: the run's folder.
         config: the resolved configuration, kept in the checkpoint so that the file alone rebuilds the model.
+        stop: says whether a signal has asked to stop; then last.ckpt is saved and `Stopped` raised at the step's end.
         every_n_steps: optimiser steps between two saves of last.ckpt.
 
     Raises:
@@ -39,17 +43,21 @@ class Checkpoint(Callback):
 
     MONITOR = "val/loss_ema"
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], every_n_steps: int = 1000) -> None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], stop: Stop, every_n_steps: int = 1000) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.run_dir = run_dir
         self.config = config
+        self.stop = stop
         self.every_n_steps = every_n_steps
         self.best = float("inf")
         self._saved_step = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        batches = trainer.global_step * trainer.accumulate_grad_batches
+        if self.stop.signum is not None and self._at_step_end(trainer):
+            self._save_last(trainer)
+            raise Stopped(trainer.global_step, self.stop.signum)
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch
         validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
         if not validation_follows:
@@ -66,9 +74,10 @@ class Checkpoint(Callback):
         if trainer.global_step != self._saved_step:
             self._save_last(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
-            self._save_last(trainer)
+    @staticmethod
+    def _at_step_end(trainer: Trainer) -> bool:
+        """Whether the gradients of all batches of the step are in."""
+        return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
     def _save_last_if_due(self, trainer: Trainer) -> None:
         step = trainer.global_step

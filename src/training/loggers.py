@@ -34,13 +34,15 @@ def wandb(
     project: str = "diffusion-lab",
     entity: str | None = None,
     tags: list[str] | tuple[str, ...] = (),
-) -> Logger:
+) -> Logger | None:
     """A W&B run of its own, in the sweep's group; offline, with how to sync, when there is no key or no network.
 
     The run's id is kept in the run's folder, so that a resumed run continues the same W&B run.
     """
     import wandb as wb
 
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return None
     id_file = run_dir / WANDB_ID
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
 
@@ -110,7 +112,7 @@ def log_config(logger: Logger, config: dict[str, Any]) -> None:
 
 def _offline_reason() -> str | None:
     """Why W&B cannot be online; None when it can. Takes three seconds at most."""
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from src.data.loader import Batch
+from src.errors import UserError
 from src.files import replacing
 
 
@@ -37,8 +39,9 @@ class MetricsCSV(Logger):
         if path.exists():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
-                    if int(row["step"]) <= from_step:
-                        self.rows[int(row["step"])] = {k: v for k, v in row.items() if k != "step" and v}
+                    step = row.pop("step", "") or ""
+                    if step.isdigit() and int(step) <= from_step and None not in row:  # a torn line is no row
+                        self.rows[int(step)] = {k: v for k, v in row.items() if v}
             for row in self.rows.values():
                 self.columns += [k for k in row if k not in self.columns]
             self._rewrite()
@@ -97,6 +100,7 @@ class TrainMetrics(Callback):
         self.images_seen = 0
         self.images_per_second = 0.0
         self.loss: Tensor | None = None  # mean since the last log
+        self.last_loss = float("nan")  # the last that was logged
         self._steps = 0
         self._images = 0
         self._seconds = 0.0
@@ -138,23 +142,36 @@ class TrainMetrics(Callback):
             return
         self._log(trainer, pl_module)
 
-    def pause(self) -> None:
-        """Stops the clock until the next batch."""
+    @staticmethod
+    def pause_all(trainer: Trainer) -> None:
+        """Stops the clocks of a trainer's metrics until the next batch: for work between steps that is not training."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainMetrics):
+                callback._pause()
+
+    def _pause(self) -> None:
         if self._started:
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.loss is not None
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.pause()
+        self.pause_all(trainer)
         self.images_seen += self._images
         self._total_images += self._images
         self._total_seconds += self._seconds
         self.images_per_second = self._images / max(self._seconds, 1e-9)
+        loss = float(self.loss) / self._steps
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in the {self._steps} batches before step {trainer.global_step}: training has "
+                "diverged; lower optimizer.lr, or set trainer.gradient_clip_norm"
+            )
+        self.last_loss = loss
         metrics = {
-            "train/loss": float(self.loss) / self._steps,
+            "train/loss": loss,
             "train/grad_norm": float(pl_module.grad_norm),  # type: ignore[arg-type]
             "train/lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
             "images": self.images_seen,
@@ -165,7 +182,7 @@ class TrainMetrics(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pause()
+        self.pause_all(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from src.diffusion.samplers import Sampler, generate
 from src.pictures import enlarge, grid, save_png, to_uint8
 from src.runs import cycled_labels
 from src.training.loggers import log_image
+from src.training.metrics import TrainMetrics
 
 
 class SampleGrid(Callback):
@@ -56,6 +57,7 @@ class SampleGrid(Callback):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        TrainMetrics.pause_all(trainer)
         if not trainer.is_global_zero:
             return
         training = pl_module.training

@@ -23,6 +23,7 @@ def summarize(
     net: nn.Module,
     image_shape: tuple[int, int, int],
     config: dict[str, Any],
+    train_loss: float,
     images_seen: int,
     images_per_second: float,
     wall_seconds: float,
@@ -31,7 +32,7 @@ def summarize(
     device = trainer.strategy.root_device
     return {
         "name": config["name"],
-        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "metrics": {"train/loss": train_loss, **{k: float(v) for k, v in trainer.callback_metrics.items()}},
         "steps": trainer.global_step,
         "images_seen": images_seen,
         "images_per_second": images_per_second,
@@ -51,7 +52,7 @@ def summarize(
 def write(summary: dict[str, Any], path: Path) -> None:
     """Writes the summary as JSON."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 @torch.no_grad()

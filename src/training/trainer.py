@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from src.errors import UserError
@@ -58,8 +57,12 @@ class TrainerSettings:
             raise ValueError(f"devices={self.devices} must be auto, a number from 1, or a list of GPU indices")
         if self.device_type == "cuda" and isinstance(wanted, int) and wanted > gpus:
             raise ValueError(f"devices={self.devices} asks for {wanted} GPUs and this machine has {gpus}")
-        if self.strategy == "fsdp" and self.device_type != "cuda":
-            raise ValueError("strategy=fsdp needs GPUs and this machine has none; use trainer=cpu or trainer=auto")
+        if self.device_type != "cuda" and isinstance(self.devices, list | tuple):
+            raise ValueError(f"devices={list(self.devices)} are indices of GPUs and there are none; use devices=auto")
+        if isinstance(self.devices, list | tuple) and len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"devices={list(self.devices)} name a GPU twice")
+        if self.strategy == "fsdp":
+            raise ValueError("strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp")
         if self.precision == "16-mixed" and self.device_type == "cpu":
             raise ValueError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
 
@@ -105,7 +108,7 @@ class TrainerSettings:
             net.compile()
         return net
 
-    def make(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
+    def make(self, run_dir: Path, callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
         quiet_lightning()
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
@@ -123,7 +126,7 @@ class TrainerSettings:
             num_sanity_val_steps=0,
             log_every_n_steps=self.log_every_n_steps,
             deterministic=self.deterministic,
-            logger=loggers,
+            logger=False,  # fit gives it its loggers when it has found nothing to refuse
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=run_dir,
@@ -132,14 +135,6 @@ class TrainerSettings:
             inference_mode=False,  # lets a compiled network serve training and validation
             use_distributed_sampler=False,
         )
-
-
-class StopAtLastStep(Callback):
-    """Asks Lightning to stop at max_steps while it still looks, so that it validates the last weights too."""
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True
 
 
 def _cpu_has_bf16() -> bool:

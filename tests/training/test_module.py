@@ -38,7 +38,7 @@ def trained(
     images.setup()
     trainer = TrainerSettings(
         accelerator="cpu", max_steps=max_steps, val_every_n_steps=max_steps, precision="32-true"
-    ).make(tmp_path, [], [ema])
+    ).make(tmp_path, [ema])
     trainer.fit(module, images)
     return module, trainer
 
