@@ -61,8 +61,6 @@ class TrainerSettings:
             raise ValueError(f"devices={list(self.devices)} are indices of GPUs and there are none; use devices=auto")
         if isinstance(self.devices, list | tuple) and len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices={list(self.devices)} name a GPU twice")
-        if self.strategy == "fsdp":
-            raise ValueError("strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp")
         if self.precision == "16-mixed" and self.device_type == "cpu":
             raise ValueError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
 
@@ -109,7 +107,15 @@ class TrainerSettings:
         return net
 
     def make(self, run_dir: Path, callbacks: list[Callback]) -> Trainer:
-        """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
+        """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end.
+
+        Raises:
+            UserError: for fsdp, whose sharded weights the checkpoints, the average and the clipping do not know yet.
+        """
+        if self.strategy == "fsdp":
+            raise UserError(
+                "trainer: strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp"
+            )
         quiet_lightning()
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
         return Trainer(

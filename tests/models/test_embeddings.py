@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.models.embeddings import SinusoidalEmbedding, as_pair, check_divisible
+from src.models.embeddings import SinusoidalEmbedding, check_divisible
+from src.shapes import as_pair
 
 
 @pytest.mark.parametrize("dim", [4, 10, 128])
