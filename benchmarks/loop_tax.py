@@ -37,7 +37,8 @@ from src.cli import CONF
 from src.data.loader import normalize
 from src.runs import build_diffusion, build_net
 from src.training import fit
-from src.training.trainer import StopAtLastStep, quiet_lightning
+from src.training.stop import Stop
+from src.training.trainer import quiet_lightning
 
 FOREVER = 10**9
 SKIP = 30  # steps before the clock starts
@@ -138,10 +139,11 @@ def clock(loop: Iterator[Any], steps: int) -> Callable[[], float]:
     return turn
 
 
-class Clock(StopAtLastStep):
+class Clock(Stop):
     """Times the steps after the first `SKIP` of a Lightning fit, which stops at its last step after that."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.steps = steps
         self.ms_a_step = float("nan")
 
@@ -171,7 +173,7 @@ def ours(config: dict[str, Any], steps: int) -> float:
     with (
         tempfile.TemporaryDirectory() as folder,
         silence(),
-        mock.patch.object(fit, "StopAtLastStep", return_value=timer),
+        mock.patch.object(fit, "Stop", return_value=timer),
     ):
         fit.fit(config, Path(folder))
     return timer.ms_a_step
