@@ -30,3 +30,28 @@ class Stratified:
         """u, (batch,) float32 in [0, 1), from torch's global generator."""
         offset = torch.rand(1, dtype=torch.float32, device=device)
         return (torch.arange(batch, dtype=torch.float32, device=device) / batch + offset) % 1
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """u = sigmoid(mean + std n), n standard normal: most in the middle of the schedule (Eq. 19, Esser et al. 2024).
+
+    Args:
+        mean: below 0 draws more clean images, above 0 more noise.
+        std: width, positive.
+
+    Raises:
+        ValueError: when std is not positive.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"std={self.std} must be positive; Esser et al. use 1")
+
+    def __call__(self, batch: int, device: torch.device) -> Tensor:
+        """u, (batch,) float32 in [0, 1), from torch's global generator."""
+        n = torch.randn(batch, dtype=torch.float32, device=device)
+        return (self.mean + self.std * n).sigmoid().clamp_(max=1 - 2**-24)

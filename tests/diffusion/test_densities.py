@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.diffusion.densities import Stratified, Uniform
+from src.diffusion.densities import LogitNormal, Stratified, Uniform
 from src.diffusion.schedules import Linear
 
 CPU = torch.device("cpu")
@@ -57,3 +57,15 @@ def test_u_stays_float32_where_the_default_is_bfloat16(density):
         torch.set_default_dtype(torch.float32)
     assert u.dtype == torch.float32
     assert len(Linear(1000).time(u).unique()) == 1000
+
+
+def test_logit_normal_is_the_sigmoid_of_a_normal():
+    """Catches mean and std the wrong way round, and u = 1, which would be a time that the schedule has not."""
+    torch.manual_seed(0)
+    u = LogitNormal(mean=-0.5, std=0.8)(100_000, torch.device("cpu"))
+    n = u.double().logit()
+    assert n.mean().item() == pytest.approx(-0.5, abs=5 * 0.8 / 100_000**0.5)
+    assert n.std().item() == pytest.approx(0.8, rel=5 / (2 * 100_000) ** 0.5)
+    assert LogitNormal(mean=100.0)(10, torch.device("cpu")).max() < 1
+    with pytest.raises(ValueError, match="std=0 must be positive"):
+        LogitNormal(std=0)
