@@ -9,6 +9,7 @@ from src.diffusion.objectives import X0, Edm, Eps, Flow, V
 from src.diffusion.samplers import DDIM
 from src.diffusion.schedules import Cosine, Linear
 from src.diffusion.weightings import Constant
+from src.models.unet import UNet
 
 
 def ddpm(objective=None, schedule=None, weighting=None):
@@ -137,5 +138,31 @@ def test_respaced_sampling_tells_the_network_the_original_times():
         return x
 
     schedule = Linear(1000)
-    list(DDIM(steps=5)(ddpm().denoiser(net), schedule, torch.zeros(2, 1, 2, 2), lambda: torch.zeros(2, 1, 2, 2)))
-    assert told == [[t, t] for t in (999.0, 799.0, 599.0, 399.0, 199.0)]
+    list(DDIM(steps=5)(ddpm().denoiser(net), schedule, torch.zeros(4, 1, 2, 2), lambda: torch.zeros(4, 1, 2, 2)))
+    assert told == [[t] * 4 for t in (999.0, 799.0, 599.0, 399.0, 199.0)]
+
+
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_an_answer_does_not_depend_on_the_batch_to_the_bit(num_classes):
+    """Catches kernels that round the last rows of a batch in another way: samples would depend on batch_size."""
+    torch.manual_seed(0)
+    net = UNet(
+        1,
+        8,
+        base_channels=64,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        dropout=0.0,
+        num_classes=num_classes,
+    ).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    diffusion, x = ddpm(), torch.randn(64, 1, 8, 8)
+    y = None if num_classes is None else torch.arange(64) % 10
+    level = diffusion.schedule.levels(10, "trailing")[4]
+    with torch.no_grad():
+        whole = diffusion.denoiser(net, y)(x, level)
+        for size in (1, 3, 5, 7, 16):
+            part = diffusion.denoiser(net, None if y is None else y[:size])(x[:size], level)
+            assert torch.equal(part, whole[:size]), size
