@@ -121,16 +121,6 @@ def _one_sweep_folder(overrides: list[str]) -> list[str]:
     return ["hydra.sweep.dir=outputs/multirun/experiments/${now:%Y-%m-%d_%H-%M-%S-%f}"]
 
 
-def plain_value(value: Any) -> str:
-    """A value as Hydra's override grammar reads it."""
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(plain_value, value))}]"
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-
-
 def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     """argv with the overrides that `run=` brings put in front.
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from src.cli import command, plain_value
+from src.cli import command
+from src.overrides import plain_value
 
 
 @dataclass

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.cli import command, plain_value
+from src.cli import command
+from src.overrides import as_override, plain_value
 
 
 @dataclass
@@ -40,7 +41,7 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from src.files import as_override, shown
+    from src.files import shown
     from src.training.fit import fit
     from src.training.stop import Stopped
 

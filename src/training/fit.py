@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from src.build import build, locate, refusals
 from src.diffusion.gaussian import GaussianDiffusion
 from src.errors import UserError
-from src.files import as_override, replacing, shown
+from src.files import replacing, shown
+from src.overrides import as_override
 from src.runs import BEST, CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import MetricsCSV, TrainMetrics
