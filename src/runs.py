@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 LAST = Path("checkpoints", "last.ckpt")
 BEST = Path("checkpoints", "best.ckpt")
-PARTS = {"name", "overrides", "schedule", "objective", "weighting", "density", "model", "sampler", "data"}
+PARTS = {"name", "overrides", "schedule", "objective", "weighting", "density", "loss", "model", "sampler", "data"}
 
 
 class Run:
@@ -103,10 +103,10 @@ def build_net(config: dict[str, Any]) -> "nn.Module":
 
 
 def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
-    """Schedule, objective, weighting and density that a configuration describes."""
+    """Schedule, objective, weighting, density and loss that a configuration describes."""
     from src.diffusion.gaussian import GaussianDiffusion
 
-    parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density")]
+    parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density", "loss")]
     with refusals("objective"):
         return GaussianDiffusion(*parts)
 

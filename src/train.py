@@ -15,6 +15,7 @@ class TrainConfig:
     name: str
     seed: int
     label_dropout: float
+    offset_noise: float
     run: str | None
     overrides: list[str]
     choices: dict
@@ -22,6 +23,7 @@ class TrainConfig:
     objective: dict
     weighting: dict
     density: dict
+    loss: dict
     model: dict
     sampler: dict
     data: dict

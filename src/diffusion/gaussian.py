@@ -1,17 +1,24 @@
-"""Gaussian diffusion = schedule + objective + weighting + density: the forward process, the loss and the denoiser.
+"""Gaussian diffusion = schedule + objective + weighting + density + loss: the forward process, p_losses, the denoiser.
 
-Networks are called as net(x_t, t), or net(x_t, t, y) where there are labels y (B,) int64, with x_t (B, C, H, W) and
-t (B,), and return F of the same shape as x_t.
+Networks are called as net(x, t), or net(x, t, y) where there are labels y (B,) int64, with x (B, C, H, W), and t (B,)
+what the schedule tells of the noise level. They return F of the same shape. Two attributes say more:
+
+    self_conditioning   x is (B, 2 C, H, W): the noisy image, and the last guess of x0 or zeros (Chen et al. 2023)
+    learned_variance    F is (B, 2 C, H, W): the objective's F, and v of the reverse variance (Nichol & Dhariwal 2021)
 """
 
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from src.diffusion.densities import Density
+from src.diffusion.guidance import Guess
+from src.diffusion.levels import Level, Schedule
+from src.diffusion.losses import Loss, Simple, Terms
 from src.diffusion.objectives import Objective
-from src.diffusion.samplers import Denoiser
-from src.diffusion.schedules import DiscreteSchedule, Level
+from src.diffusion.posterior import Posterior
+from src.diffusion.schedules import DiscreteSchedule
 
 # CPU kernels treat the rows beyond whole fours differently in the last bit: with whole fours, a sample's bits do not
 # depend on the batch that it is drawn in.
@@ -27,79 +34,168 @@ class Weighting(Protocol):
     def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor: ...
 
 
-class Density(Protocol):
-    def __call__(self, batch: int, device: torch.device) -> Tensor: ...
-
-
 class GaussianDiffusion:
     """The parts that define a diffusion model, network aside.
 
     Raises:
-        ValueError: when the objective does not determine the image at some level of the schedule.
+        ValueError: when the objective does not determine the image at some level of the schedule, or the loss needs a
+            discrete schedule.
     """
 
     def __init__(
-        self, schedule: DiscreteSchedule, objective: Objective, weighting: Weighting, density: Density
+        self,
+        schedule: Schedule,
+        objective: Objective,
+        weighting: Weighting,
+        density: Density,
+        loss: Loss | None = None,
     ) -> None:
         self.schedule = schedule
         self.objective = objective
         self.weighting = weighting
         self.density = density
-        d = objective.determinant(schedule.alpha, schedule.sigma).abs()
+        self.loss: Loss = Simple() if loss is None else loss
+        alpha, sigma = schedule.table()
+        d = objective.determinant(alpha, sigma).abs()
         if d.min() < SMALLEST_D:
             t = int(d.argmin())
             raise ValueError(
-                f"{type(objective).__name__} does not tell the image at t={t}, where alpha is "
-                f"{schedule.alpha[t].item():.1e}: use objective=v, or a schedule with smaller betas"
+                f"{type(objective).__name__} does not tell the image at t={t} of {len(d)}, where alpha is "
+                f"{alpha[t].item():.1e} and sigma {sigma[t].item():.1e}: use objective=v, or a schedule that keeps "
+                "some signal to its end"
+            )
+        # Where the objective is at home x_t is handed over as it is: no work, and no rounding.
+        self._scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)
+        self.posterior = Posterior(schedule) if isinstance(schedule, DiscreteSchedule) else None
+        if self.loss.learned_variance and self.posterior is None:
+            raise ValueError(
+                f"loss {type(self.loss).__name__} bounds the likelihood of a chain of discrete steps, which "
+                f"{type(schedule).__name__} is not; choose schedule=linear or cosine, or loss=simple"
             )
 
-    def draw_t(self, batch: int, device: torch.device) -> Tensor:
-        """Times for a training batch, (batch,)."""
-        return self.schedule.time(self.density(batch, device))
+    def draw_u(self, batch: int, device: torch.device) -> Tensor:
+        """Shares of the schedule's length for a training batch, (batch,) in [0, 1)."""
+        return self.density(batch, device, self.schedule)
+
+    def check(self, net: nn.Module) -> None:
+        """Compares the network with the loss.
+
+        Raises:
+            ValueError: when only one of them knows of a learned variance.
+        """
+        learned = getattr(net, "learned_variance", False)
+        if learned and not self.loss.learned_variance:
+            raise ValueError("model.learned_variance=true needs a loss that trains it; add loss=hybrid or loss=vlb")
+        if not learned and self.loss.learned_variance:
+            raise ValueError(
+                f"loss {type(self.loss).__name__} trains a learned variance, which the network does not have; add "
+                "model.learned_variance=true, or choose loss=simple"
+            )
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): alpha_t x0 + sigma_t noise (Eq. 4, Ho et al. 2020).
 
         Args:
             x0: (B, C, H, W) in [-1, 1].
-            t: (B,) int64 in [0, T).
+            t: (B,) times of the schedule; int64 in [0, T) of a discrete one.
             noise: (B, C, H, W) standard normal.
         """
         alpha, sigma = self._level(t, x0)
         return alpha * x0 + sigma * noise
 
-    def p_losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """The loss of each image, (B,): w mean((F - (a x0 + b eps))^2) over C, H, W.
+    def p_losses(
+        self,
+        net: Network,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        y: Tensor | None = None,
+        self_condition: bool = True,
+    ) -> Tensor:
+        """The loss of each image, (B,): w mean((F - (a x0 + b eps))^2) over C, H, W, and what `loss` makes of it.
 
-        With the eps objective and w = 1 its mean over the batch is L_simple (Eq. 14, Ho et al. 2020).
+        With the eps objective, w = 1 and the simple loss its mean over the batch is L_simple (Eq. 14, Ho et al. 2020).
+
+        Args:
+            self_condition: give a network with self-conditioning its own first guess, without gradient, instead of
+                zeros (Algorithm 1, Chen et al. 2023).
         """
         alpha, sigma = self._level(t, x0)
         x_t = alpha * x0 + sigma * noise
-        F = net(self.objective.network_input(x_t, alpha, sigma), t, *_given(y)).float()
+        condition = self.schedule.condition(t)
+        x = x_t * self.objective.input_scale(alpha, sigma) if self._scaled else x_t
+        if getattr(net, "self_conditioning", False):
+            guess = torch.zeros_like(x)
+            if self_condition:
+                with torch.no_grad():
+                    F = self._split(net, net(torch.cat([x, guess], 1), condition, *_given(y)).float())[0]
+                    guess = self.objective.x0(x_t, F, alpha, sigma).clamp_(-1, 1)
+            x = torch.cat([x, guess], 1)
+        F, v = self._split(net, net(x, condition, *_given(y)).float())
         error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
-        alpha, sigma = alpha.flatten(), sigma.flatten()
-        return self.weighting(alpha, sigma, self.objective.determinant(alpha, sigma)) * error
+        flat_alpha, flat_sigma = alpha.flatten(), sigma.flatten()
+        weight = self.weighting(flat_alpha, flat_sigma, self.objective.determinant(flat_alpha, flat_sigma))
+        if getattr(self.weighting, "over_log_snr", False):
+            weight = weight * self.schedule.slope(t)
+        if type(self.loss) is Simple:
+            return weight * error
+        x0_hat = self.objective.x0(x_t, F, alpha, sigma)
+        return self.loss(Terms(weight * error, flat_alpha, flat_sigma, x0, x_t, x0_hat, v, t, self.posterior))
 
-    def denoiser(self, net: Network, y: Tensor | None = None) -> Denoiser:
-        """The network as samplers use it: E[x0 | x_t, y], (B, C, H, W), for a batch whose images are all at one level.
+    def denoiser(self, net: Network, y: Tensor | None = None) -> "NetworkDenoiser":
+        """The network as samplers use it, for batches whose images are all at one level.
 
         Args:
             y: (B,) int64 labels; None for none, also of a network that takes labels.
         """
-
-        def denoise(x_t: Tensor, level: Level) -> Tensor:
-            x = _whole_grains(self.objective.network_input(x_t, level.alpha, level.sigma))
-            t = torch.full((len(x),), level.t, device=x.device)
-            labels = () if y is None else (_whole_grains(y),)
-            F = net(x, t, *labels)[: len(x_t)].to(x_t.dtype)
-            return self.objective.x0(x_t, F, level.alpha, level.sigma)
-
-        return denoise
+        return NetworkDenoiser(self, net, y)
 
     def _level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule.level(t)
         shape = (-1, *[1] * (like.ndim - 1))
         return alpha.view(shape), sigma.view(shape)
+
+    @staticmethod
+    def _split(net: Network, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not getattr(net, "learned_variance", False):
+            return output, None
+        F, v = output.chunk(2, dim=1)
+        return F, v
+
+
+class NetworkDenoiser:
+    """E[x0 | x_t, y] by a network, (B, C, H, W), in the precision of x_t; the network sees its own.
+
+    One denoiser serves one batch on its way from noise to images: with self-conditioning it remembers its last guess.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, net: Network, y: Tensor | None) -> None:
+        self.diffusion = diffusion
+        self.net = net
+        self.y = None if y is None else _whole_grains(y)
+        self.dtype = (
+            next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+            if isinstance(net, nn.Module)
+            else None
+        )
+        self.self_conditioning = getattr(net, "self_conditioning", False)
+        self.last: Tensor | None = None
+
+    def __call__(self, x_t: Tensor, level: Level) -> Guess:
+        diffusion, objective = self.diffusion, self.diffusion.objective
+        x = x_t * objective.input_scale(level.alpha, level.sigma) if diffusion._scaled else x_t
+        x = x if self.dtype is None else x.to(self.dtype)
+        if self.self_conditioning:
+            last = torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)
+            x = torch.cat([x, last], dim=1)
+        x = _whole_grains(x)
+        t = torch.full((len(x),), level.t, device=x.device)
+        output = self.net(x, t, *_given(self.y))[: len(x_t)].to(x_t.dtype)
+        F, v = diffusion._split(self.net, output)
+        x0 = objective.x0(x_t, F, level.alpha, level.sigma)
+        if self.self_conditioning:
+            self.last = x0.clamp(-1, 1)
+        return Guess(x0, v=v)
 
 
 def _whole_grains(batch: Tensor) -> Tensor:

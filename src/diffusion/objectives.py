@@ -4,7 +4,11 @@ With x_t = alpha x0 + sigma eps and d = alpha b - sigma a, the mix is undone by
 
     x0 = (b x_t - sigma F) / d        eps = (alpha F - a x_t) / d
 
-so an objective is its row (a, b), and for edm an input scale. Rows take floats or tensors and broadcast.
+so an objective is its row (a, b) and an input scale. Rows take floats or tensors and broadcast.
+
+The network sees x_t times `input_scale`, the coordinates in which its objective is at home: the unit circle
+alpha^2 + sigma^2 = 1 of variance-preserving schedules, for flow the line alpha + sigma = 1. There the scale is 1; under
+another schedule it makes the network the same function of the same images, whatever the schedule's own scale.
 
 New objective: one subclass with its row, one YAML in conf/objective.
 """
@@ -30,9 +34,9 @@ class Objective:
         a, b = self.row(alpha, sigma)
         return alpha * b - sigma * a
 
-    def network_input(self, x_t: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
-        """What the network sees of x_t."""
-        return x_t
+    def input_scale(self, alpha: Scalar, sigma: Scalar) -> Scalar:
+        """What x_t is multiplied by for the network."""
+        return _inverse_norm(alpha, sigma)
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """F itself, (B, C, H, W), for images and noise (B, C, H, W) at levels that broadcast, (B, 1, 1, 1)."""
@@ -68,10 +72,11 @@ class X0(Objective):
 
 
 class V(Objective):
-    """The velocity: F = alpha eps - sigma x0 (Sec. 4, Salimans & Ho 2022)."""
+    """The velocity: F = alpha eps - sigma x0, over sqrt(alpha^2 + sigma^2) (Sec. 4, Salimans & Ho 2022)."""
 
     def row(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
-        return -sigma, alpha
+        scale = _inverse_norm(alpha, sigma)
+        return -sigma * scale, alpha * scale
 
 
 class Flow(Objective):
@@ -79,6 +84,9 @@ class Flow(Objective):
 
     def row(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
         return 0 * alpha - 1, 0 * alpha + 1
+
+    def input_scale(self, alpha: Scalar, sigma: Scalar) -> Scalar:
+        return 1 / (alpha + sigma)
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,12 @@ class Edm(Objective):
             raise ValueError(f"sigma_data={self.sigma_data} must be positive; EDM uses 0.5")
 
     def row(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
-        scale = self._scale(alpha, sigma)
+        scale = self.input_scale(alpha, sigma)
         return sigma / self.sigma_data * scale, -alpha * self.sigma_data * scale
 
-    def network_input(self, x_t: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
-        return x_t * self._scale(alpha, sigma)
+    def input_scale(self, alpha: Scalar, sigma: Scalar) -> Scalar:
+        return _inverse_norm(alpha * self.sigma_data, sigma)
 
-    def _scale(self, alpha: Scalar, sigma: Scalar) -> Scalar:
-        """1 / S."""
-        return (sigma**2 + alpha**2 * self.sigma_data**2) ** -0.5
+
+def _inverse_norm(alpha: Scalar, sigma: Scalar) -> Scalar:
+    return (alpha**2 + sigma**2) ** -0.5

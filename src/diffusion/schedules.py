@@ -13,29 +13,14 @@ New schedule: subclass `DiscreteSchedule`, hand the betas to `super().__init__`,
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-TimeSpacing = Literal["leading", "linspace", "trailing", "quadratic"]
-Spacing = Literal["leading", "linspace", "trailing", "quadratic", "log_snr", "karras"]
-KARRAS_RHO = 7.0  # Karras et al. 2022, Sec. 3
+from src.diffusion.levels import BELOW_ONE, Level, Schedule, TimeSpacing
 
 
-class Level(NamedTuple):
-    """One noise level of a sampler's path: x = alpha x0 + sigma eps, and the time `t` that the network is told."""
-
-    t: float
-    alpha: float
-    sigma: float
-
-
-CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # where every path ends; no network is ever evaluated there
-
-
-class DiscreteSchedule:
+class DiscreteSchedule(Schedule):
     """A variance-preserving schedule of T steps.
 
     Args:
@@ -45,13 +30,10 @@ class DiscreteSchedule:
     Attributes:
         betas, alphas, alphas_cumprod: (T,) float64, the symbols of Ho et al. 2020.
         alpha, sigma: (T,) float64, square roots of alphas_cumprod and of 1 - alphas_cumprod.
-        prior_std: standard deviation of the noise that sampling starts from.
 
     Raises:
         ValueError: when betas are not in (0, 1), or alpha reaches 0 before the last step.
     """
-
-    prior_std = 1.0
 
     def __init__(self, betas: Tensor) -> None:
         inside = (betas > 0) & (betas < 1)
@@ -68,11 +50,16 @@ class DiscreteSchedule:
                 f"nothing of the image is left from t={destroyed} of {len(betas)} on (alpha is 0 even in float64); "
                 "choose smaller betas or a smaller num_timesteps"
             )
+        self._log_snr = (self.alpha / self.sigma).log()  # (T,) ln(alpha / sigma), falling
         self._float32: dict[torch.device, Tensor] = {}  # (2, T) alpha and sigma, one copy a device
 
     @property
     def num_timesteps(self) -> int:
         return len(self.betas)
+
+    @property
+    def chain_length(self) -> int:  # type: ignore[override]
+        return self.num_timesteps
 
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma, (B,) float32 on the device of `t`, (B,) integers in [0, T)."""
@@ -87,6 +74,33 @@ class DiscreteSchedule:
         """The time, (B,) int64 in [0, T), at the share `u`, (B,) in [0, 1), of the schedule's length."""
         return (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1)
 
+    def condition(self, t: Tensor) -> Tensor:
+        return t
+
+    def told(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        t = condition.double()
+        below = t.floor().long().clamp(0, self.num_timesteps - 1)
+        share = t - below
+        log_snr = self._log_snr.to(t.device)
+        low, high = log_snr[below], log_snr[(below + 1).clamp(max=self.num_timesteps - 1)]
+        # on whole times, which may have no finite log-SNR, the table itself
+        at = torch.where(share == 0, low, low + share * (high - low))
+        return (2 * at).sigmoid().sqrt(), (-2 * at).sigmoid().sqrt()
+
+    def share(self, log_snr: Tensor) -> Tensor:
+        falling = self._log_snr.to(log_snr.device)
+        middles = (falling[1:] + falling[:-1]) / 2
+        index = torch.searchsorted(-middles, -log_snr.double())
+        return ((index + 0.5) / self.num_timesteps).clamp(max=BELOW_ONE).float()
+
+    def slope(self, t: Tensor) -> Tensor:
+        if self.num_timesteps == 1:
+            return torch.zeros_like(t, dtype=torch.float32)
+        return (-2 * self.num_timesteps * torch.gradient(self._log_snr)[0]).float().to(t.device)[t]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        return self.alpha, self.sigma
+
     def timesteps(self, steps: int, spacing: TimeSpacing) -> list[int]:
         """`steps` distinct times, largest first, that a sampler visits.
 
@@ -96,7 +110,7 @@ class DiscreteSchedule:
         quadratic: c i^2, dense near 0, with c such that the last is T - 1 (Song et al. 2021, App. D.2)
 
         Raises:
-            ValueError: when steps is not in [1, T] or the spacing has no such name.
+            ValueError: when steps is not in [1, T].
         """
         T = self.num_timesteps
         self._check_steps(steps)
@@ -107,46 +121,21 @@ class DiscreteSchedule:
             t = torch.linspace(0, T - 1, steps, dtype=torch.float64).round() if steps > 1 else torch.tensor([T - 1.0])
         elif spacing == "trailing":
             t = (T - i.flip(0) * (T / steps)).round() - 1
-        elif spacing == "quadratic":
+        else:
             t = ((T - 1) * (i / (steps - 1)) ** 2).round() if steps > 1 else torch.tensor([T - 1.0])
             t = t.maximum(i)  # rounding repeats small times when steps is close to T
-        else:
-            raise ValueError(f"spacing={spacing!r} is not one of {', '.join(get_args(Spacing))}")
         return [int(v) for v in t.flip(0)]
 
-    def levels(self, steps: int, spacing: Spacing) -> list[Level]:
-        """The `steps + 1` levels of a sampler's path, noisiest first, ending at `CLEAN`.
+    def _in_time(self, steps: int, spacing: TimeSpacing) -> list[Level]:
+        return [Level(float(t), float(self.alpha[t]), float(self.sigma[t])) for t in self.timesteps(steps, spacing)]
 
-        Besides the spacings of `timesteps`:
-
-        log_snr: ln(alpha / sigma) evenly from T - 1 to 0, which suits the DPM-Solver family (Lu et al. 2022a, Sec. 3.4)
-        karras:  (sigma / alpha)^(1 / 7) evenly from T - 1 to 0 (Eq. 5, Karras et al. 2022)
-
-        These visit times between the whole ones, interpolated in ln(alpha / sigma).
-
-        Raises:
-            ValueError: when steps is out of range, there is no such spacing, or these two find no signal at T - 1.
-        """
-        if spacing == "log_snr" or spacing == "karras":
-            return [*self._levels_between(steps, spacing == "karras"), CLEAN]
-        path = [Level(float(t), float(self.alpha[t]), float(self.sigma[t])) for t in self.timesteps(steps, spacing)]
-        return [*path, CLEAN]
-
-    def _levels_between(self, steps: int, karras: bool) -> list[Level]:
-        self._check_steps(steps)
-        log_snr = (self.alpha / self.sigma).log()
-        if not torch.isfinite(log_snr[-1]):
-            raise ValueError("spacing by log-SNR cannot start where no signal is left; use trailing, or linspace")
-        if steps == 1:
-            path = log_snr[-1:]
-        elif karras:
-            ends = (-log_snr[[-1, 0]] / KARRAS_RHO).exp()  # (sigma / alpha)^(1 / rho)
-            path = -KARRAS_RHO * torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).log()
-        else:
-            path = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
-        t = torch.from_numpy(np.interp(path.neg(), log_snr.neg(), np.arange(self.num_timesteps)))
-        alpha, sigma = (2 * path).sigmoid().sqrt(), (-2 * path).sigmoid().sqrt()
-        return [Level(*level) for level in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+    def level_at(self, log_snr: float) -> Level:
+        """Between the whole times, interpolated in ln(alpha / sigma)."""
+        at = torch.tensor(log_snr, dtype=torch.float64)
+        before = int((self._log_snr > at).sum()) - 1  # the ends are not asked for, so there is one
+        low, high = self._log_snr[before], self._log_snr[before + 1]
+        t = before + float((low - at) / (low - high))
+        return Level(t, float((2 * at).sigmoid().sqrt()), float((-2 * at).sigmoid().sqrt()))
 
     def _check_steps(self, steps: int) -> None:
         T = self.num_timesteps

@@ -4,7 +4,8 @@ Papers state their weights on the error of x0 or of eps. With d = alpha b - sigm
 
     x0_hat - x0 = -(sigma / d) (F_hat - F)        eps_hat - eps = (alpha / d) (F_hat - F)
 
-so a weight on the squared error of x0 is (sigma / d)^2 times as much on F's, whatever F is.
+so a weight on the squared error of x0 is (sigma / d)^2 times as much on F's, whatever F is. A weighting whose paper
+integrates over ln SNR says `over_log_snr`; it is then multiplied by the schedule's -d ln SNR / du.
 
 New weighting: one class with `__call__`, one YAML in conf/weighting.
 """
@@ -64,3 +65,42 @@ class P2:
         """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
         snr = (alpha / sigma) ** 2
         return (alpha / d) ** 2 / (self.k + snr) ** self.gamma
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """sigmoid(bias - ln SNR) on the error of eps, over ln SNR (Eq. 11 and App. D.3, Kingma & Gao 2023, "VDM++").
+
+    Their loss is an integral over ln SNR; where u is drawn evenly its weight is multiplied by the schedule's slope.
+
+    Args:
+        bias: the ln SNR at which the weight is a half; Kingma & Gao use 2.
+    """
+
+    bias: float = 2.0
+    over_log_snr = True
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
+        """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
+        return (self.bias - 2 * (alpha / sigma).log()).sigmoid() * (alpha / d) ** 2
+
+
+@dataclass(frozen=True)
+class Edm:
+    """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the error of x0; EDM's sigma is sigma / alpha here.
+
+    1 for the edm objective, of which it is the definition (Sec. 5, Karras et al. 2022).
+
+    Args:
+        sigma_data: standard deviation of the images in [-1, 1]; EDM uses 0.5.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sigma_data <= 0:
+            raise ValueError(f"sigma_data={self.sigma_data} must be positive; EDM uses 0.5")
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
+        """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
+        return (sigma**2 + (alpha * self.sigma_data) ** 2) / (self.sigma_data * d) ** 2

@@ -19,13 +19,25 @@ EPS = 1e-6  # of the group norms
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(dropout(act(norm(conv(act(norm(x))) + time)))), (B, C, H, W) to (B, D, H, W)."""
+    """x + conv(dropout(act(norm(conv(act(norm(x))) + time)))), (B, C, H, W) to (B, D, H, W).
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float, norm_groups: int) -> None:
+    With scale_shift the time does not shift before the norm, but after it: norm(...) (1 + scale) + shift.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int,
+        dropout: float,
+        norm_groups: int,
+        scale_shift: bool = False,
+    ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = group_norm(in_channels, norm_groups, EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels)
+        self.time = nn.Linear(time_dim, out_channels * (1 + scale_shift))
         self.norm2 = group_norm(out_channels, norm_groups, EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -33,8 +45,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        time = self.time(time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
         return self.shortcut(x) + h
 
 
@@ -105,6 +122,10 @@ class UNet(nn.Module):
         middle_attention: attention between the two blocks at the bottom.
         dropout: probability, after the second norm and activation of each block.
         num_classes: of a network that takes labels; None for one that does not.
+        learned_variance: a second output of the image's shape (Sec. 3.1, Nichol & Dhariwal 2021).
+        self_conditioning: a second input of the image's shape, the last guess of x0 (Chen et al. 2023).
+        scale_shift_norm: the time embedding scales and shifts after the second norm instead of being added before it
+            (Eq. 18, Nichol & Dhariwal 2021, "adaptive group normalization").
         norm_groups: the most groups of a group norm; see `group_norm`.
         patch_size: folds patches of this size into channels at the input and back at the output. 2 quarters the work
             at the highest resolution, which pays where compute is scarce; 1 is the paper's network.
@@ -127,6 +148,9 @@ class UNet(nn.Module):
         norm_groups: int = 32,
         patch_size: int = 1,
         num_classes: int | None = None,
+        learned_variance: bool = False,
+        self_conditioning: bool = False,
+        scale_shift_norm: bool = False,
     ) -> None:
         super().__init__()
         _check_positive(base_channels=base_channels, num_res_blocks=num_res_blocks, num_heads=num_heads)
@@ -150,7 +174,7 @@ class UNet(nn.Module):
 
         def stage(c_in: int, c_out: int, attend: bool) -> Stage:
             return Stage(
-                ResidualBlock(c_in, c_out, time_dim, dropout, norm_groups),
+                ResidualBlock(c_in, c_out, time_dim, dropout, norm_groups, scale_shift_norm),
                 Attention(c_out, num_heads, norm_groups) if attend else None,
             )
 
@@ -163,7 +187,10 @@ class UNet(nn.Module):
         )
         self.num_classes = num_classes
         self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, time_dim)
-        self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
+        self.learned_variance = learned_variance
+        self.self_conditioning = self_conditioning
+        folded = channels * patch_size**2
+        self.conv_in = nn.Conv2d(folded * (1 + self_conditioning), base_channels, 3, padding=1)
 
         self.down = nn.ModuleList()
         c, skips = base_channels, [base_channels]
@@ -187,7 +214,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c))
 
         self.norm_out = group_norm(c, norm_groups, EPS)
-        self.conv_out = nn.Conv2d(c, channels * patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, folded * (1 + learned_variance), 3, padding=1)
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -69,6 +69,10 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         check_architecture(net, net_state(resume["state_dict"]), run.checkpoint)
     if not 0 <= config["label_dropout"] < 1:
         raise UserError(f"label_dropout={config['label_dropout']} must lie in [0, 1)")
+    if config["offset_noise"] < 0:
+        raise UserError(f"offset_noise={config['offset_noise']} must not be negative; 0 is none, 0.1 its author's")
+    with refusals("model"):
+        diffusion.check(net)
     stop = Stop()
     callbacks = _build_callbacks(config, run_dir, stop)
     module = DiffusionModule(
@@ -80,6 +84,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         callbacks["ema"],
         config["seed"],
         config["label_dropout"],
+        config["offset_noise"],
     )
     samplers = {"sampler": build(config["sampler"], "sampler")}
     if "samples" in callbacks:
@@ -174,11 +179,12 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
 
 
 def _warn_of_terminal_signal(diffusion: GaussianDiffusion) -> None:
-    alpha = float(diffusion.schedule.alpha[-1])
-    if alpha > TERMINAL_ALPHA:
+    alpha, sigma = (float(v[-1]) for v in diffusion.schedule.table())
+    if alpha > TERMINAL_ALPHA * sigma:
         _say(
-            f"note: the schedule ends with alpha = {alpha:.3f} of the image left, and sampling, which starts from pure "
-            "noise, starts from the wrong distribution; raise beta_end or num_timesteps, or set zero_terminal_snr=true"
+            f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, which "
+            "starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or sigma_max, "
+            "or set zero_terminal_snr=true"
         )
 
 

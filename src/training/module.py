@@ -31,6 +31,8 @@ class DiffusionModule(LightningModule):
         label_dropout: probability that an image trains without its label, which is what classifier-free guidance needs;
             of no account for a network without labels.
         seed: all randomness of a step follows from (seed, step, rank).
+        offset_noise: standard deviation of what is added to a whole channel's noise (Guttenberg 2023, "Diffusion with
+            Offset Noise", who uses 0.1); 0 for none.
     """
 
     def __init__(
@@ -43,26 +45,32 @@ class DiffusionModule(LightningModule):
         ema: EMA,
         seed: int,
         label_dropout: float = 0.1,
+        offset_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
         self.diffusion = diffusion
+        self.loss = diffusion.loss if isinstance(diffusion.loss, nn.Module) else None  # it learns with the network
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
         self.seed = seed
         self.label_dropout = label_dropout
+        self.offset_noise = offset_noise
         self.num_classes: int | None = getattr(net, "num_classes", None)
+        self.self_conditioning: bool = getattr(net, "self_conditioning", False)
         self.grad_norm: Tensor | None = None
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """See `GaussianDiffusion.q_sample`."""
         return self.diffusion.q_sample(x0, t, noise)
 
-    def p_losses(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+    def p_losses(
+        self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None, self_condition: bool = True
+    ) -> Tensor:
         """See `GaussianDiffusion.p_losses`: the loss of each image, (B,)."""
-        return self.diffusion.p_losses(self.net, x0, t, noise, y)
+        return self.diffusion.p_losses(self.net, x0, t, noise, y, self_condition)
 
     def drop_labels(self, y: Tensor) -> Tensor | None:
         """Each image's own label, or "none" with probability label_dropout (Algorithm 1, Ho & Salimans 2022)."""
@@ -78,9 +86,23 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch.x0
-        t = self.diffusion.draw_t(len(x0), x0.device)
+        density = self.diffusion.density
+        u = self.diffusion.draw_u(len(x0), x0.device)
+        t = self.diffusion.schedule.time(u)
+        self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a batch, drawn on the CPU
+        losses = self.p_losses(x0, t, self.draw_noise(x0), self.drop_labels(batch.label), self_condition)
+        loss = density.correct(losses, u).mean()
+        if density.learns:
+            both: Any = self.all_gather(torch.stack([losses.detach().float(), u]))  # (2, B), or (processes, 2, B)
+            density.learn(*both.movedim(-2, 0).flatten(1))
+        return loss
+
+    def draw_noise(self, x0: Tensor) -> Tensor:
+        """Standard normal noise like x0; with offset_noise, plus that much of one number an image and channel."""
         noise = torch.randn_like(x0)
-        return self.p_losses(x0, t, noise, self.drop_labels(batch.label)).mean()
+        if self.offset_noise:
+            noise += self.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=x0.device)
+        return noise
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(2, 1 + QUARTERS, dtype=torch.float64)  # loss of raw and EMA: in all, by quarter of t
@@ -113,8 +135,14 @@ class DiffusionModule(LightningModule):
         for logger in self.loggers:  # Lightning would count this step as the one before
             logger.log_metrics(metrics, step=self.global_step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["density"] = self.diffusion.density.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.diffusion.density.load_state_dict(checkpoint["density"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.make_optimizer(self.net.parameters())
+        optimizer = self.make_optimizer(p for p in self.parameters() if p.requires_grad)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer

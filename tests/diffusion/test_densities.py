@@ -14,7 +14,7 @@ def test_u_is_uniform(density):
     """Catches a density that leaves out or favours some levels: moments and a histogram within 5 standard errors."""
     torch.manual_seed(0)
     n = 10000
-    u = torch.stack([density(4, CPU) for _ in range(n)])
+    u = torch.stack([density(4, CPU, Linear()) for _ in range(n)])
     assert u.dtype == torch.float32
     assert u.min() >= 0
     assert u.max() < 1
@@ -52,7 +52,7 @@ def test_u_stays_float32_where_the_default_is_bfloat16(density):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        u = torch.cat([density(1000, CPU) for _ in range(20)])
+        u = torch.cat([density(1000, CPU, Linear()) for _ in range(20)])
     finally:
         torch.set_default_dtype(torch.float32)
     assert u.dtype == torch.float32

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.diffusion.objectives import X0, Edm, Eps, Flow, V
-from src.diffusion.schedules import Cosine, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid
+from src.diffusion.schedules import (Cosine, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from src.diffusion.samplers import DDIM, DDPM, beta, generate, tau, toward
-from src.diffusion.schedules import CLEAN, Cosine, Linear
+from src.diffusion.levels import CLEAN
+from src.diffusion.schedules import Cosine, Linear
 
 MEAN, STD = 0.2, 0.5  # of the Gaussian data
 

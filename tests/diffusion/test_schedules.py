@@ -13,18 +13,8 @@ from torch import nn
 from src.diffusion.densities import Uniform
 from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.objectives import X0, Edm, Eps, Flow, V
-from src.diffusion.schedules import (
-    CLEAN,
-    Cosine,
-    DiscreteSchedule,
-    Laplace,
-    Level,
-    Linear,
-    Quadratic,
-    ScaledLinear,
-    Sigmoid,
-    TimeSpacing,
-)
+from src.diffusion.levels import CLEAN, Level, TimeSpacing
+from src.diffusion.schedules import (Cosine, DiscreteSchedule, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid)
 from src.diffusion.weightings import Constant as ConstantWeight
 
 SPACINGS = get_args(TimeSpacing)
