@@ -139,8 +139,8 @@ class Flow(Continuous):
         self.t_min = t_min
 
     def time(self, u: Tensor) -> Tensor:
-        t = 1 - (1 - self.t_min) * (1 - u)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        t = u + self.t_min * (1 - u)
+        return self.shift * t / (self.shift * t + 1 - t)  # at 1 this is 1 to the last bit, with every shift
 
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t

@@ -97,7 +97,7 @@ class Heun(Solver):
         raised = min(u * (1 + min(self.s_churn / (len(path) - 1), sqrt(2) - 1)), noisiest)
         if raised <= u or not self.s_tmin <= u <= (inf if self.s_tmax is None else self.s_tmax):
             return x, t
-        level = schedule.level_at(-log(raised))
+        level = path[0] if raised == noisiest else schedule.level_at(-log(raised))
         x = (x * (level.alpha / t.alpha)).add_(noise(), alpha=level.alpha * sqrt(raised**2 - u**2) * self.s_noise)
         return x, level
 
