@@ -140,7 +140,7 @@ class Flow(Continuous):
 
     def time(self, u: Tensor) -> Tensor:
         t = u + self.t_min * (1 - u)
-        return self.shift * t / (self.shift * t + 1 - t)  # at 1 this is 1 to the last bit, with every shift
+        return self.shift * t / (self.shift * t + (1 - t))  # at 1 this is 1 to the last bit, with every shift
 
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
