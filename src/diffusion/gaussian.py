@@ -7,6 +7,7 @@ what the schedule tells of the noise level. They return F of the same shape. Two
     learned_variance    F is (B, 2 C, H, W): the objective's F, and v of the reverse variance (Nichol & Dhariwal 2021)
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -20,9 +21,9 @@ from src.diffusion.objectives import Objective
 from src.diffusion.posterior import Posterior
 from src.diffusion.schedules import DiscreteSchedule
 
-# CPU kernels treat the rows beyond whole fours differently in the last bit: with whole fours, a sample's bits do not
-# depend on the batch that it is drawn in.
-GRAIN = 4
+# CPU kernels round a row in another way when its batch has another size. Networks are therefore asked there in batches
+# of one size, about this many pixels, and a sample's bits do not depend on the batch that it is drawn in.
+CHUNK_PIXELS, CHUNK_ROWS = 4096, 4
 SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
 
 
@@ -65,7 +66,7 @@ class GaussianDiffusion:
                 "some signal to its end"
             )
         # Where the objective is at home x_t is handed over as it is: no work, and no rounding.
-        self._scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)
+        self.scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)
         self.posterior = Posterior(schedule) if isinstance(schedule, DiscreteSchedule) else None
         if self.loss.learned_variance and self.posterior is None:
             raise ValueError(
@@ -123,15 +124,15 @@ class GaussianDiffusion:
         alpha, sigma = self._level(t, x0)
         x_t = alpha * x0 + sigma * noise
         condition = self.schedule.condition(t)
-        x = x_t * self.objective.input_scale(alpha, sigma) if self._scaled else x_t
+        x = x_t * self.objective.input_scale(alpha, sigma) if self.scaled else x_t
         if getattr(net, "self_conditioning", False):
             guess = torch.zeros_like(x)
             if self_condition:
                 with torch.no_grad():
-                    F = self._split(net, net(torch.cat([x, guess], 1), condition, *_given(y)).float())[0]
+                    F = self.split(net, net(torch.cat([x, guess], 1), condition, *_given(y)).float())[0]
                     guess = self.objective.x0(x_t, F, alpha, sigma).clamp_(-1, 1)
             x = torch.cat([x, guess], 1)
-        F, v = self._split(net, net(x, condition, *_given(y)).float())
+        F, v = self.split(net, net(x, condition, *_given(y)).float())
         error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
         flat_alpha, flat_sigma = alpha.flatten(), sigma.flatten()
         weight = self.weighting(flat_alpha, flat_sigma, self.objective.determinant(flat_alpha, flat_sigma))
@@ -156,7 +157,8 @@ class GaussianDiffusion:
         return alpha.view(shape), sigma.view(shape)
 
     @staticmethod
-    def _split(net: Network, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split(net: Network, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """F, and v of a network that learns the variance."""
         if not getattr(net, "learned_variance", False):
             return output, None
         F, v = output.chunk(2, dim=1)
@@ -172,36 +174,43 @@ class NetworkDenoiser:
     def __init__(self, diffusion: GaussianDiffusion, net: Network, y: Tensor | None) -> None:
         self.diffusion = diffusion
         self.net = net
-        self.y = None if y is None else _whole_grains(y)
-        self.dtype = (
-            next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
-            if isinstance(net, nn.Module)
-            else None
-        )
+        self.y = y
+        self.module = isinstance(net, nn.Module)
+        floating = (p.dtype for p in net.parameters() if p.is_floating_point()) if isinstance(net, nn.Module) else ()
+        self.dtype = next(iter(floating), None)
         self.self_conditioning = getattr(net, "self_conditioning", False)
         self.last: Tensor | None = None
 
     def __call__(self, x_t: Tensor, level: Level) -> Guess:
         diffusion, objective = self.diffusion, self.diffusion.objective
-        x = x_t * objective.input_scale(level.alpha, level.sigma) if diffusion._scaled else x_t
-        x = x if self.dtype is None else x.to(self.dtype)
+        x = x_t * objective.input_scale(level.alpha, level.sigma) if diffusion.scaled else x_t
+        if self.dtype is not None:
+            x = x.to(self.dtype)
         if self.self_conditioning:
-            last = torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)
-            x = torch.cat([x, last], dim=1)
-        x = _whole_grains(x)
-        t = torch.full((len(x),), level.t, device=x.device)
-        output = self.net(x, t, *_given(self.y))[: len(x_t)].to(x_t.dtype)
-        F, v = diffusion._split(self.net, output)
+            x = torch.cat([x, torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)], dim=1)
+        if self.module and x.device.type == "cpu":
+            rows = max(CHUNK_ROWS, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
+            output = torch.cat([self._ask(*part, level) for part in _chunks(rows, x, self.y)])[: len(x)]
+        else:
+            output = self._ask(x, self.y, level)
+        F, v = diffusion.split(self.net, output.to(x_t.dtype))
         x0 = objective.x0(x_t, F, level.alpha, level.sigma)
         if self.self_conditioning:
             self.last = x0.clamp(-1, 1)
         return Guess(x0, v=v)
 
+    def _ask(self, x: Tensor, y: Tensor | None, level: Level) -> Tensor:
+        return self.net(x, torch.full((len(x),), level.t, device=x.device), *_given(y))
 
-def _whole_grains(batch: Tensor) -> Tensor:
-    """The batch, filled up with copies of its last row to a multiple of `GRAIN` rows."""
-    missing = -len(batch) % GRAIN
-    return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
+
+def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x and y in parts of `rows`, the last filled up with copies of the last row."""
+    missing = -len(x) % rows
+    if missing:
+        x = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
+        y = None if y is None else torch.cat([y, y[-1:].expand(missing)])
+    for low in range(0, len(x), rows):
+        yield x[low : low + rows], None if y is None else y[low : low + rows]
 
 
 def _given(y: Tensor | None) -> tuple[Tensor, ...]:

@@ -56,7 +56,8 @@ class Guidance:
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
 
-    needs_labels = True  # guidance towards a label
+    needs_labels = True  # it guides towards a label
+    needs_steps = False  # it derives the noise from another x0, which only `samplers.StepSampler` can
 
     def __post_init__(self) -> None:
         if self.scale < 0:
@@ -79,6 +80,11 @@ class Guidance:
             return self._guide(as_guess(strong(x_t, level)), as_guess(weak(x_t, level)))
 
         return guided
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return self.scale != 1
 
     def _guide(self, strong: Guess, weak: Guess) -> Guess:
         x0 = weak.x0.lerp(strong.x0, self.scale)
@@ -111,6 +117,9 @@ class CFGPP(Guidance):
     """
 
     scale: float = 0.6
+
+    needs_steps = True
+    active = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,8 @@ TimeSpacing = Literal["leading", "linspace", "trailing", "quadratic"]
 Spacing = Literal["leading", "linspace", "trailing", "quadratic", "log_snr", "karras"]
 KARRAS_RHO = 7.0  # Karras et al. 2022, Sec. 3
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+# alpha / sigma; a schedule that ends above it leaves so much of the image that pure noise is a wrong start
+TERMINAL_ALPHA = 0.02
 
 
 class Level(NamedTuple):

@@ -97,6 +97,18 @@ class Sampler:
         """
         return schedule.levels(self.default_steps(schedule) if self.steps is None else self.steps, self.spacing)
 
+    def check(self, net: object) -> None:
+        """Compares the sampler with the network that it will ask.
+
+        Raises:
+            ValueError: when it needs a variance that the network does not learn.
+        """
+        if self.learned_variance and not getattr(net, "learned_variance", False):
+            raise ValueError(
+                "variance=learned needs a network that learns the variance, which this one does not; train with "
+                "model.learned_variance=true loss=hybrid, or choose variance=posterior or beta"
+            )
+
     def default_steps(self, schedule: Schedule) -> int:
         """Steps where none were asked for."""
         return schedule.chain_length

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src.build import build, refusals
-from src.diffusion.samplers import generate
+from src.diffusion.gaussian import GaussianDiffusion
+from src.diffusion.guidance import Autoguidance, Guidance
+from src.diffusion.samplers import StepSampler, generate
 from src.errors import UserError
 from src.files import replacing
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
@@ -46,10 +48,18 @@ def draw(config: dict[str, Any], out: Path) -> None:
     shape = image_shape(run.config)
     labels = _labels(asked, net, config["num_samples"], run.checkpoint)
     guidance = build(config["guidance"], "guidance")
-    if labels is None and guidance.scale != 1:
+    with refusals("sampler"):
+        sampler.check(net)
+    if guidance.needs_steps and not isinstance(sampler, StepSampler):
+        raise UserError(
+            f"guidance {type(guidance).__name__} keeps the noise of another model, which {type(sampler).__name__} "
+            "cannot; choose sampler=ddim, euler or ddpm"
+        )
+    if labels is None and guidance.active and guidance.needs_labels:
         can = getattr(net, "num_classes", None) is not None
         reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
         raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
+    guide = _guide(guidance, run, weights=config["weights"])
 
     weights = config["weights"]
     print(f"{config['num_samples']} samples of {run.checkpoint}, {weights} weights, {steps} steps, {device.type}")
@@ -62,7 +72,8 @@ def draw(config: dict[str, Any], out: Path) -> None:
             indices = numbers[low : low + config["batch_size"]]
             shown = len(kept[low : low + len(indices)])  # of this batch, the first so many
             y = None if labels is None else labels[low : low + len(indices)].to(device)
-            denoise = guidance(diffusion.denoiser(net, y), diffusion.denoiser(net))
+            weak = diffusion.denoiser(net) if guide is None else guide[0].denoiser(guide[1].to(device), y)
+            denoise = guidance(diffusion.denoiser(net, y), weak)
             batch_states, batch_guesses = [], []
             for step in generate(denoise, sampler, diffusion.schedule, shape, config["seed"], indices, device):
                 if shown:
@@ -85,6 +96,18 @@ def draw(config: dict[str, Any], out: Path) -> None:
         written += ["trajectory.png", "trajectory.gif"]
     for name in written:
         print(f"  {out / name}")
+
+
+def _guide(guidance: Guidance, run: Run, weights: str) -> tuple[GaussianDiffusion, nn.Module] | None:
+    """Diffusion and network of the weaker model, of autoguidance."""
+    if not isinstance(guidance, Autoguidance):
+        return None
+    guide = Run(guidance.guide)
+    if guide.config["schedule"] != run.config["schedule"]:
+        raise UserError(f"guidance.guide={guidance.guide} has another schedule than the run; use one with the same")
+    if image_shape(guide.config) != image_shape(run.config):
+        raise UserError(f"guidance.guide={guidance.guide} makes images of another shape than the run")
+    return build_diffusion(guide.config), guide.load_net(weights)
 
 
 def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> Tensor | None:

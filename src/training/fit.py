@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.build import build, locate, refusals
 from src.diffusion.gaussian import GaussianDiffusion
+from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import replacing, shown
 from src.overrides import as_override
@@ -33,7 +34,6 @@ FREE_ON_RESUME = (
     *(f"trainer.{name}" for name in ("val_every_n_steps", "log_every_n_steps", "compile", "channels_last")),
     *("trainer.deterministic", "callbacks.checkpoint", "callbacks.samples", "logger", "sampler", "data.dir"),
 )
-TERMINAL_ALPHA = 0.02  # a schedule that ends above it leaves so much of the image that pure noise is a wrong start
 
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
@@ -92,6 +92,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     for path, sampler in samplers.items():
         with refusals(path):
             sampler.path(diffusion.schedule)
+            sampler.check(net)
     data = build(config["data"], "data")
     data.setup()
     devices = settings.num_devices * settings.num_nodes

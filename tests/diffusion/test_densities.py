@@ -28,7 +28,7 @@ def test_u_is_uniform(density):
 def test_uniform_draws_are_independent():
     """Catches one u shared by the batch."""
     torch.manual_seed(0)
-    u = torch.stack([Uniform()(2, CPU) for _ in range(10000)])
+    u = torch.stack([Uniform()(2, CPU, Linear()) for _ in range(10000)])
     assert abs(torch.corrcoef(u.T)[0, 1].item()) < 5 / 100
 
 
@@ -37,7 +37,7 @@ def test_stratified_puts_one_u_in_each_interval(batch):
     """Catches independent draws, and an offset that moves only part of the batch."""
     torch.manual_seed(0)
     for _ in range(20):
-        u = Stratified()(batch, CPU).double()
+        u = Stratified()(batch, CPU, Linear()).double()
         offset = u[0]
         expected = (torch.arange(batch, dtype=torch.float64) / batch + offset) % 1
         gap = (u - expected).abs()
@@ -62,10 +62,10 @@ def test_u_stays_float32_where_the_default_is_bfloat16(density):
 def test_logit_normal_is_the_sigmoid_of_a_normal():
     """Catches mean and std the wrong way round, and u = 1, which would be a time that the schedule has not."""
     torch.manual_seed(0)
-    u = LogitNormal(mean=-0.5, std=0.8)(100_000, torch.device("cpu"))
+    u = LogitNormal(mean=-0.5, std=0.8)(100_000, CPU, Linear())
     n = u.double().logit()
     assert n.mean().item() == pytest.approx(-0.5, abs=5 * 0.8 / 100_000**0.5)
     assert n.std().item() == pytest.approx(0.8, rel=5 / (2 * 100_000) ** 0.5)
-    assert LogitNormal(mean=100.0)(10, torch.device("cpu")).max() < 1
+    assert LogitNormal(mean=100.0)(10, CPU, Linear()).max() < 1
     with pytest.raises(ValueError, match="std=0 must be positive"):
         LogitNormal(std=0)

@@ -105,14 +105,15 @@ def test_the_loss_of_a_bfloat16_network_is_float32():
     torch.testing.assert_close(losses, (x_t.bfloat16().float() - noise).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
 
 
-def test_draw_t_is_the_density_on_the_schedule():
+def test_draw_u_is_the_density_on_the_schedule():
     """Catches a density that is ignored: stratified draws of a batch of T visit every time once."""
     torch.manual_seed(0)
     stratified = GaussianDiffusion(Linear(100), Eps(), Constant(), Stratified())
-    t = stratified.draw_t(50, torch.device("cpu"))
+    t = stratified.schedule.time(stratified.draw_u(50, torch.device("cpu")))
     assert t.dtype == torch.int64
     assert torch.equal(t.sort().values // 2, torch.arange(50))
-    assert len(ddpm(schedule=Linear(100)).draw_t(50, torch.device("cpu")).unique()) < 50
+    uniform = ddpm(schedule=Linear(100)).draw_u(50, torch.device("cpu"))
+    assert len(Linear(100).time(uniform).unique()) < 50
 
 
 @pytest.mark.parametrize("objective", [Eps(), X0(), V(), Flow(), Edm(), Edm(sigma_data=1.3)])
@@ -123,9 +124,9 @@ def test_denoiser_recovers_x0_from_a_perfect_network(objective):
     for level in schedule.levels(1000, "trailing")[:-1]:
         F = objective.target(x0, noise, level.alpha, level.sigma)
         x_t = level.alpha * x0 + level.sigma * noise
-        answer = ddpm(objective, schedule).denoiser(lambda x, t, F=F: F)(x_t, level)
+        answer = ddpm(objective, schedule).denoiser(lambda x, t, F=F: F)(x_t, level).x0
         torch.testing.assert_close(answer, x0, rtol=0, atol=1e-10)
-    half = ddpm(objective, schedule).denoiser(lambda x, t: x.bfloat16())(noise, schedule.levels(1, "trailing")[0])
+    half = ddpm(objective, schedule).denoiser(lambda x, t: x.bfloat16())(noise, schedule.levels(1, "trailing")[0]).x0
     assert half.dtype == torch.float64
 
 
@@ -162,7 +163,7 @@ def test_an_answer_does_not_depend_on_the_batch_to_the_bit(num_classes):
     y = None if num_classes is None else torch.arange(64) % 10
     level = diffusion.schedule.levels(10, "trailing")[4]
     with torch.no_grad():
-        whole = diffusion.denoiser(net, y)(x, level)
+        whole = diffusion.denoiser(net, y)(x, level).x0
         for size in (1, 3, 5, 7, 16):
-            part = diffusion.denoiser(net, None if y is None else y[:size])(x[:size], level)
+            part = diffusion.denoiser(net, None if y is None else y[:size])(x[:size], level).x0
             assert torch.equal(part, whole[:size]), size

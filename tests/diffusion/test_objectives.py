@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.diffusion.objectives import X0, Edm, Eps, Flow, V
-from src.diffusion.schedules import (Cosine, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid)
+from src.diffusion.schedules import Cosine, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,7 @@ def test_edm_is_table_1_of_its_paper(sigma):
     c_skip, c_out = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2) ** 0.5
     objective = Edm(sigma_data=sd)
     torch.testing.assert_close(objective.x0(x, F, 1.0, sigma), c_skip * x + c_out * F, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        objective.network_input(x, 1.0, sigma), x / (sigma**2 + sd**2) ** 0.5, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(x * objective.input_scale(1.0, sigma), x / (sigma**2 + sd**2) ** 0.5, rtol=1e-12, atol=0)
     a, b = objective.row(1.0, sigma)
     assert a**2 * sd**2 + b**2 == pytest.approx(1, rel=1e-12)
 

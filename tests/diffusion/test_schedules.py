@@ -12,9 +12,9 @@ from torch import nn
 
 from src.diffusion.densities import Uniform
 from src.diffusion.gaussian import GaussianDiffusion
-from src.diffusion.objectives import X0, Edm, Eps, Flow, V
 from src.diffusion.levels import CLEAN, Level, TimeSpacing
-from src.diffusion.schedules import (Cosine, DiscreteSchedule, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid)
+from src.diffusion.objectives import X0, Edm, Eps, Flow, V
+from src.diffusion.schedules import Cosine, DiscreteSchedule, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid
 from src.diffusion.weightings import Constant as ConstantWeight
 
 SPACINGS = get_args(TimeSpacing)
@@ -79,7 +79,7 @@ def test_cosine_follows_equation_17_and_clips(max_beta):
         (lambda: DiscreteSchedule(torch.tensor([])), "betas"),
         (lambda: Linear(1000).timesteps(1001, "trailing"), "steps=1001.*num_timesteps=1000"),
         (lambda: Linear(1000).timesteps(0, "trailing"), "steps=0"),
-        (lambda: Linear(1000).timesteps(10, "even"), "spacing='even'.*leading.*linspace.*trailing.*quadratic"),
+        (lambda: Linear(1000).levels(10, "even"), "spacing='even'.*leading.*linspace.*trailing.*quadratic"),
     ],
 )
 def test_bad_arguments_are_refused_by_name_and_value(make, message):
@@ -236,7 +236,7 @@ def test_zero_terminal_snr_shifts_and_scales_the_roots(make):
 
 def test_noise_prediction_without_signal_is_refused_with_the_way_out():
     with pytest.raises(
-        ValueError, match=r"Eps does not tell the image at t=999, where alpha is 0\.0e\+00: use objective=v"
+        ValueError, match=r"Eps does not tell the image at t=999 of 1000, where alpha is 0\.0e\+00 and sigma"
     ):
         GaussianDiffusion(Linear(zero_terminal_snr=True), Eps(), ConstantWeight(), Uniform())
     for objective in (X0(), V(), Flow(), Edm()):

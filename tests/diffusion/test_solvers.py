@@ -101,20 +101,20 @@ def test_the_multistep_weights_integrate_polynomials_exactly(nodes):
     """sum w_j f(nodes_j) against numerical quadrature of e^(v - end) p(v) for every monomial the nodes determine."""
     end = 0.9
     v = np.linspace(nodes[-1], end, 20001)
-    weights = multistep_weights(nodes, end)
+    weights = multistep_weights(nodes, nodes[-1], end)
     for power in range(len(nodes)):
         expected = np.trapezoid(np.exp(v - end) * v**power, v)
         assert sum(w * n**power for w, n in zip(weights, nodes, strict=True)) == pytest.approx(expected, abs=1e-8)
 
 
 def test_two_step_weights_are_algorithm_2_of_the_paper():
-    """D = (1 + 1 / (2 r)) x0_t - 1 / (2 r) x0_prev, x_s = ... - alpha_s (e^-h - 1) D, to the order of the method."""
+    """D = (1 + 1 / (2 r)) x0_t - 1 / (2 r) x0_prev, x_s = ... - alpha_s (e^-h - 1) D."""
     h_prev, h = 0.011, 0.01
     r = h_prev / h
-    old, new = multistep_weights([-h_prev, 0.0], h)
+    old, new = DPMSolverPP().weights([-h_prev, 0.0], 0.0, h)
     factor = 1 - exp(-h)
-    assert new == pytest.approx(factor * (1 + 1 / (2 * r)), rel=0.01)
-    assert old == pytest.approx(-factor / (2 * r), rel=0.01)
+    assert new == pytest.approx(factor * (1 + 1 / (2 * r)), rel=1e-12)
+    assert old == pytest.approx(-factor / (2 * r), rel=1e-12)
 
 
 def test_fewer_steps_than_the_order_are_refused():

@@ -1,0 +1,588 @@
+"""What a schedule does to real images, before any training: in numbers, in a picture and in words.
+
+Taken for a Gaussian with the images' mean mu and the eigenvalues lambda_i of their covariance, x0 has closed forms. The
+least mean squared error of x0 at the level (alpha, sigma) is
+
+    mmse = mean_i lambda_i sigma^2 / V_i,    V_i = alpha^2 lambda_i + sigma^2
+
+and the least loss w (d / sigma)^2 mmse (see weightings.py). Of all data with this covariance a Gaussian's is the
+largest, and that of a finite set of images, which `Mixture` knows, is the least a network can reach on these images: a
+network that learns more than the images and more than their covariance lies between the two.
+
+A sampler that starts from s z, where x_t should be, and makes no error from there on, is linear in each
+eigendirection: it maps N(alpha mu, V) to N(mu, lambda). It then ends with the variance lambda s^2 / V and misses the
+mean by sqrt(lambda / V) alpha mu. Relative to the images' variance, the squared Frechet distance to them is
+
+    miss = sum_i lambda_i ((1 - s / sqrt(V_i))^2 + alpha^2 mu_i^2 / V_i) / sum_i lambda_i
+"""
+
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from src.build import build, refusals
+from src.data.loader import normalize
+from src.diffusion.gaussian import GaussianDiffusion
+from src.diffusion.levels import TERMINAL_ALPHA, Level
+from src.diffusion.oracle import Mixture
+from src.errors import UserError
+from src.files import replacing
+from src.pictures import enlarge, grid, to_uint8
+from src.randomness import generator, mix
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
+ORACLE_IMAGES = 2000  # at most, that the finite set consists of
+ORACLE_DRAWS = 512  # noisy images a level, for the finite set's loss
+ORACLE_LEVELS = 25
+DRAWS = 2**20  # of training's noise levels: the share of a bin of 2% is known to 0.7% of itself
+BINS = 50
+ROWS = 101  # of the curves in preview.json
+COLUMNS = 11  # of dissolving images
+
+# What looks wrong.
+#
+# A step is wasted when sampling could as well have begun after it. MISS = 1% makes this the closed form of an
+# experiment: Nichol & Dhariwal 2021 (Fig. 4) leave the first steps of the reverse process out, and find up to 20% of
+# the linear schedule's to be wasted; by this measure it wastes 20% on CIFAR-10, 21% on MNIST, 45% on 8x8 digits, and
+# the cosine that they replaced it with 3%, 3% and 14%. A quarter leaves what Ho et al. trained CIFAR-10 with alone.
+MISS = 0.01
+WASTED = 0.25
+# At the other end an image is intact while less than 1% of its variance is in doubt; EDM's schedule, which spends most
+# there, spends 20% on CIFAR-10, and the linear one 2%.
+INTACT_DOUBT = 0.01
+INTACT = 0.25
+# Ancestral sampling evaluates the network as often as the chain has steps: 1000 times for Ho et al. 2020, 4000 for
+# Nichol & Dhariwal 2021, the longest in use.
+LONGEST_CHAIN = 4000
+
+
+class Spectrum:
+    """Mean and covariance of images, (N, C, H, W), in the covariance's eigendirections.
+
+    Attributes:
+        lambdas: (D,) float64, eigenvalues, smallest first. With fewer images than numbers in one, D = C H W, the
+            directions that they do not span have 0: the mmse of clean levels is then too small.
+        means: (D,) float64, the mean image in these directions; 0 where the eigenvalue is 0, where it does not matter.
+
+    Raises:
+        ValueError: when all images are the same.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        x = images.double().flatten(1)
+        n, D = x.shape
+        mean = x.mean(0)
+        x = x - mean
+        if n > D:
+            lambdas, directions = torch.linalg.eigh(x.T @ x / (n - 1))
+            means = directions.T @ mean
+        else:  # x x^T has the same eigenvalues, other than 0
+            lambdas, left = torch.linalg.eigh(x @ x.T / max(1, n - 1))
+            means = (left.T @ (x @ mean)) / (lambdas.clamp_min(1e-300) * max(1, n - 1)).sqrt()
+        seen = lambdas > 1e-12 * lambdas[-1].clamp_min(1e-30)
+        if not seen.any():
+            raise ValueError("the training images are all the same; there is nothing that noise could destroy")
+        missing = max(0, D - n)
+        self.lambdas = torch.nn.functional.pad(torch.where(seen, lambdas, 0), (missing, 0))
+        self.means = torch.nn.functional.pad(torch.where(seen, means, 0), (missing, 0))
+        self.variance = float(self.lambdas.mean())
+
+    def mmse(self, alpha: float, sigma: float) -> float:
+        """The least mean squared error of x0 at a level with sigma > 0."""
+        return float((self.lambdas * (sigma**2 / (alpha**2 * self.lambdas + sigma**2))).mean())
+
+    def miss(self, alpha: float, sigma: float, noise: float) -> float:
+        """How far a sampler ends that starts from noise of this standard deviation at a level, as a share."""
+        V = alpha**2 * self.lambdas + sigma**2
+        missed = self.lambdas * ((1 - noise / V.sqrt()) ** 2 + (alpha * self.means) ** 2 / V)
+        return float(missed.mean()) / self.variance
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A schedule's levels, cleanest first, each (T,) float64, or (chain_length,) of a continuous schedule.
+
+    Attributes:
+        u: share of the schedule's length, from 0 to 1.
+        t: the schedule's own time.
+        log_snr: ln(alpha^2 / sigma^2); -inf where alpha is 0.
+        mmse: of x0, for Gaussian images.
+        known: share of the images' variance that a noisy image tells, 1 - mmse / variance.
+        loss: the least loss, for Gaussian images; not finite where the weight is not.
+        wasted, intact: bool, see above.
+    """
+
+    u: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    log_snr: Tensor
+    mmse: Tensor
+    known: Tensor
+    loss: Tensor
+    wasted: Tensor
+    intact: Tensor
+
+
+@dataclass(frozen=True)
+class Finite:
+    """The least loss of the finite set, at some rows of the curves.
+
+    Attributes:
+        rows: their numbers.
+        loss, standard_error: of its estimate.
+    """
+
+    rows: list[int]
+    loss: list[float]
+    standard_error: list[float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where training spends itself: shares in each of `BINS` equal parts of the schedule, each (BINS,), sum 1.
+
+    Attributes:
+        draws: of the images, as the density draws them.
+        weighted: of w: draws that count as much as they weigh in the error of F, which has about unit variance.
+        loss: of the least loss, w (d / sigma)^2 mmse: what is left to a trained network.
+        wasted: shares of draws and of w at levels that are wasted.
+        intact: the same at levels where an image is intact.
+    """
+
+    draws: Tensor
+    weighted: Tensor
+    loss: Tensor
+    wasted: tuple[float, float]
+    intact: tuple[float, float]
+
+
+def look(config: dict[str, Any], out: Path) -> None:
+    """Writes preview.png and preview.json into the folder `out`, and prints the sentences.
+
+    Args:
+        config: conf/preview.yaml, composed, resolved and checked.
+
+    Raises:
+        UserError: for whatever the user can mend, before anything is written.
+    """
+    if not 1 <= config["num_images"] <= 32:
+        raise UserError(f"num_images={config['num_images']} must lie between 1 and 32, the rows of a picture")
+    parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density")]
+    with refusals("objective"):
+        diffusion = GaussianDiffusion(*parts)
+    data = build(config["data"], "data")
+    data.setup()
+    if config["num_images"] > len(data.train):
+        raise UserError(f"num_images={config['num_images']} is more than the {len(data.train)} training images")
+    chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:COVARIANCE_IMAGES]
+    images = normalize(data.train.images[chosen])
+    torch.manual_seed(mix(config["seed"], 1))
+    with refusals("data"):
+        spectrum = Spectrum(images)
+    curves = measure(diffusion, spectrum)
+    with refusals("weighting"):
+        training = spend(diffusion, curves)
+    finite = finite_loss(diffusion, images[:ORACLE_IMAGES], curves, generator(mix(config["seed"], 2), 0))
+    sentences = words(diffusion, spectrum, curves, training)
+
+    title = " · ".join(type(part).__name__ for part in (*parts, data.source)) + f" {_size(data.image_shape)}"
+    noise = torch.randn(config["num_images"], *data.image_shape, generator=generator(mix(config["seed"], 3), 0))
+    strip = dissolve(images[: config["num_images"]], noise, curves)
+    described = {
+        "config": {key: value for key, value in config.items() if key != "out"},
+        "images": {
+            "number": len(data.train),
+            "shape": list(data.image_shape),
+            "mean": float(images.mean()),
+            "rms": float(images.square().mean().sqrt()),
+            "variance": spectrum.variance,
+        },
+        "sentences": sentences,
+        **_described(curves, finite, training),
+    }
+    draw(title, sentences, strip, curves, finite, training, out / "preview.png")
+    with replacing(out / "preview.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
+    for sentence in sentences:
+        print(sentence["sentence"])
+    for name in ("preview.png", "preview.json"):
+        print(f"  {out / name}")
+
+
+def measure(diffusion: GaussianDiffusion, spectrum: Spectrum) -> Curves:
+    """The curves of a schedule and objective, for Gaussian images."""
+    schedule = diffusion.schedule
+    alpha, sigma = schedule.table()
+    u = torch.linspace(0, 1, len(alpha), dtype=torch.float64)
+    t = schedule.time(u)
+    levels = list(zip(alpha.tolist(), sigma.tolist(), strict=True))
+    mmse = torch.tensor([spectrum.mmse(a, s) for a, s in levels], dtype=torch.float64)
+    return Curves(
+        u=u,
+        t=t.double(),
+        alpha=alpha,
+        sigma=sigma,
+        log_snr=2 * (alpha / sigma).log(),
+        mmse=mmse,
+        known=1 - mmse / spectrum.variance,
+        loss=weight(diffusion, t, alpha, sigma) * on_F(diffusion, alpha, sigma) * mmse,
+        wasted=torch.tensor([spectrum.miss(a, s, noise=s) < MISS for a, s in levels]),
+        intact=mmse < INTACT_DOUBT * spectrum.variance,
+    )
+
+
+def weight(diffusion: GaussianDiffusion, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """w, (B,), as `p_losses` has it, at the times t, (B,), and their levels."""
+    w = diffusion.weighting(alpha, sigma, diffusion.objective.determinant(alpha, sigma))
+    return w * diffusion.schedule.slope(t) if getattr(diffusion.weighting, "over_log_snr", False) else w
+
+
+def on_F(diffusion: GaussianDiffusion, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """(d / sigma)^2, (B,): squared errors of F for one of x0."""
+    return (diffusion.objective.determinant(alpha, sigma) / sigma) ** 2
+
+
+def spend(diffusion: GaussianDiffusion, curves: Curves) -> Training:
+    """Draws noise levels as training does, from torch's global generator, and counts.
+
+    Raises:
+        ValueError: when a weight that training will draw is not finite.
+    """
+    schedule = diffusion.schedule
+    u = diffusion.draw_u(DRAWS, torch.device("cpu"))
+    t = schedule.time(u)
+    alpha, sigma = schedule.level(t)
+    w = weight(diffusion, t, alpha, sigma).double()
+    if not torch.isfinite(w).all():
+        worst = int((~torch.isfinite(w)).int().argmax())
+        raise ValueError(
+            f"{type(diffusion.weighting).__name__} has no finite weight at t={t[worst].item():.4g}, where alpha is "
+            f"{alpha[worst].item():.1e} and sigma {sigma[worst].item():.1e}: use weighting=constant, or a schedule "
+            "that keeps some signal to its end"
+        )
+    row = (u * len(curves.u)).long().clamp_(max=len(curves.u) - 1)
+    loss = w * on_F(diffusion, alpha.double(), sigma.double()) * curves.mmse[row]
+    bins = (u * BINS).long().clamp_(max=BINS - 1)
+
+    def shares(values: Tensor) -> Tensor:
+        return torch.bincount(bins, values, minlength=BINS) / values.sum().clamp_min(1e-300)
+
+    def within(there: Tensor) -> tuple[float, float]:
+        return float(there.double().mean()), float(w[there].sum() / w.sum().clamp_min(1e-300))
+
+    return Training(
+        draws=shares(torch.ones_like(w)),
+        weighted=shares(w),
+        loss=shares(loss),
+        wasted=within(curves.wasted[row]),
+        intact=within(curves.intact[row]),
+    )
+
+
+def finite_loss(diffusion: GaussianDiffusion, images: Tensor, curves: Curves, generator: torch.Generator) -> Finite:
+    """The least loss on these images, (N, C, H, W), as the only ones there are, by Monte Carlo.
+
+    Args:
+        generator: of images and noise, which are the same at all levels.
+    """
+    oracle = Mixture(images.double())
+    x0 = images[torch.randint(len(images), (ORACLE_DRAWS,), generator=generator)].double()
+    noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    rows, losses, errors = _spread(len(curves.u), ORACLE_LEVELS), [], []
+    for row in rows:
+        alpha, sigma = float(curves.alpha[row]), float(curves.sigma[row])
+        guess = oracle(alpha * x0 + sigma * noise, Level(0.0, alpha, sigma))
+        squared = (guess - x0).square().flatten(1).mean(1)
+        factor = float(curves.loss[row] / curves.mmse[row])  # w (d / sigma)^2
+        losses.append(factor * float(squared.mean()))
+        errors.append(abs(factor) * float(squared.std()) / math.sqrt(ORACLE_DRAWS))
+    return Finite(rows, losses, errors)
+
+
+def words(diffusion: GaussianDiffusion, spectrum: Spectrum, curves: Curves, training: Training) -> list[dict[str, Any]]:
+    """What looks wrong, each with a name, a sentence and the numbers behind it; one sentence where nothing does."""
+    alpha, sigma = float(curves.alpha[-1]), float(curves.sigma[-1])
+    prior = diffusion.schedule.prior_std(Level(float(curves.t[-1]), alpha, sigma))
+    ratio, miss = alpha / sigma, spectrum.miss(alpha, sigma, prior)
+    wasted, intact = (float(part.double().mean()) for part in (curves.wasted, curves.intact))
+    steps = diffusion.schedule.chain_length
+    found: list[dict[str, Any]] = []
+    if ratio > TERMINAL_ALPHA:
+        sentence = (
+            f"Terminal SNR too high: the schedule ends at alpha / sigma = {ratio:.3f} and should end below "
+            f"{TERMINAL_ALPHA}; sampling will start from the wrong distribution, and even with a perfect network it "
+            f"would miss {_percent(miss)} of the images' variance. Raise beta_end, num_timesteps or sigma_max, or set "
+            "zero_terminal_snr=true."
+        )
+        numbers = {"alpha_over_sigma": ratio, "limit": TERMINAL_ALPHA, "log_snr": 2 * math.log(ratio), "missed": miss}
+        found.append({"name": "terminal_snr_too_high", "sentence": sentence, "numbers": numbers})
+    if wasted > WASTED:
+        first = int(curves.wasted.int().argmax())
+        t, log_snr = float(curves.t[first]), float(curves.log_snr[first])
+        draws, weighted = training.wasted
+        sentence = (
+            f"Destroyed too early: sampling that begins at t={t:.4g} (ln SNR {log_snr:.1f}), from noise alone, misses "
+            f"less than {_percent(MISS)} of the images' variance. The last {_percent(wasted)} of the steps are wasted "
+            f"(more than {_percent(WASTED)}), and with them {_percent(draws)} of training's draws and "
+            f"{_percent(weighted)} of their weight. Lower beta_end or sigma_max, or take a schedule that destroys "
+            "later, such as cosine."
+        )
+        numbers = {"share": wasted, "limit": WASTED, "from_t": t, "from_log_snr": log_snr}
+        numbers |= {"share_of_draws": draws, "share_of_weight": weighted, "missed_at_most": MISS}
+        found.append({"name": "destroyed_too_early", "sentence": sentence, "numbers": numbers})
+    if intact > INTACT:
+        last = int(curves.intact.sum()) - 1
+        t, log_snr = float(curves.t[last]), float(curves.log_snr[last])
+        draws, weighted = training.intact
+        sentence = (
+            f"Gentle: up to t={t:.4g} (ln SNR {log_snr:.1f}) less than {_percent(INTACT_DOUBT)} of the images' "
+            f"variance is destroyed. Training and sampling will take long, as the first {_percent(intact)} of the "
+            f"steps do nearly nothing (more than {_percent(INTACT)}), and with them {_percent(draws)} of training's "
+            f"draws and {_percent(weighted)} of their weight. Raise beta_start or sigma_min, or take a schedule that "
+            "destroys sooner, such as linear."
+        )
+        numbers = {"share": intact, "limit": INTACT, "to_t": t, "to_log_snr": log_snr}
+        numbers |= {"share_of_draws": draws, "share_of_weight": weighted, "destroyed_at_most": INTACT_DOUBT}
+        found.append({"name": "gentle", "sentence": sentence, "numbers": numbers})
+    if steps > LONGEST_CHAIN:
+        sentence = (
+            f"Gentle steps: there are {steps:,} of them (more than {LONGEST_CHAIN:,}), and ancestral sampling, which "
+            "evaluates the network at each, will take long. Lower num_timesteps and raise the betas by the same "
+            "factor, or sample with ddim in few steps."
+        )
+        numbers = {"steps": steps, "limit": LONGEST_CHAIN}
+        found.append({"name": "gentle_steps", "sentence": sentence, "numbers": numbers})
+    if found:
+        return found
+    sentence = (
+        f"Nothing looks wrong: alpha / sigma ends at {ratio:.2g} (at most {TERMINAL_ALPHA}), {_percent(wasted)} of the "
+        f"schedule come after everything is destroyed (at most {_percent(WASTED)}), {_percent(intact)} before anything "
+        f"is (at most {_percent(INTACT)}), in {steps:,} steps (at most {LONGEST_CHAIN:,})."
+    )
+    numbers = {"alpha_over_sigma": ratio, "missed": miss, "wasted": wasted, "intact": intact, "steps": steps}
+    return [{"name": "nothing_wrong", "sentence": sentence, "numbers": numbers}]
+
+
+def dissolve(images: Tensor, noise: Tensor, curves: Curves) -> Tensor:
+    """x_t of each image with one noise, (N, columns, C, H, W) uint8, at levels that are even in the schedule's length.
+
+    Scaled to alpha^2 + sigma^2 = 1, so that images of the same SNR look the same under every schedule.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        noise: (N, C, H, W) standard normal.
+    """
+    rows = _spread(len(curves.u), COLUMNS)
+    alpha, sigma = (v[rows].float().view(-1, 1, 1, 1) for v in (curves.alpha, curves.sigma))
+    return to_uint8((alpha * images[:, None] + sigma * noise[:, None]) * (alpha**2 + sigma**2).rsqrt())
+
+
+INK, FAINT, BLUE, ORANGE, GREEN, RED = "#222222", "#8a8a8a", "#1f6fb4", "#d9731a", "#2c8a4b", "#c0392b"
+WIDTH, LEFT, RIGHT = 12.0, 0.8, 0.25  # of the picture, in inches
+PANEL, GAP, LINE = 1.75, 0.28, 0.21
+FOOTNOTE = (
+    "known: share of the images' variance that x_t tells, for Gaussian images with their mean and covariance, as in all "
+    "closed forms here. intact: at least 99% known. wasted: sampling could begin after it. weight: of the error of what "
+    "the network learns, whose variance is about one. least loss: of a perfect network; on Gaussian images it is the "
+    "largest there is with their covariance, on the training images alone the least. x_t is shown at alpha^2 + sigma^2 = 1."
+)
+
+
+def draw(
+    title: str,
+    sentences: list[dict[str, Any]],
+    strip: Tensor,
+    curves: Curves,
+    finite: Finite,
+    training: Training,
+    path: Path,
+) -> None:
+    """One PNG: the sentences, the images, and below them, against the same share of the length, the curves.
+
+    Args:
+        strip: of `dissolve`.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = _spread(len(curves.u), COLUMNS)
+    pitch = 1 / max(1, len(columns) - 1)  # of the strip's columns, as a share of the length
+    across = WIDTH - LEFT - RIGHT
+    picture, left, right, rows = _strip(strip, pitch)
+    high = across * (right - left) / (1 + pitch) * picture.shape[1] / picture.shape[2]
+    text = [textwrap.wrap(sentence["sentence"], 128) for sentence in sentences]
+    lines = sum(map(len, text))
+    head = 0.62 + LINE * lines + 0.12 * len(text)
+    height = head + 0.52 + high + 4 * (GAP + PANEL) + 1.2
+
+    style: dict[Any, Any] = {
+        "font.size": 9.5,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.color": INK,
+    }
+    with rc_context({**style, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(WIDTH, height), dpi=120, facecolor="white")
+        FigureCanvasAgg(figure)
+
+        def place(top: float, high: float) -> "Axes":
+            axes = figure.add_axes((LEFT / WIDTH, 1 - (top + high) / height, across / WIDTH, high / height))
+            axes.set_xlim(-pitch / 2, 1 + pitch / 2)
+            return axes
+
+        x = LEFT / WIDTH
+        figure.text(x, 1 - 0.22 / height, title, fontsize=14, weight="bold", va="top")
+        y = 0.62
+        for sentence, wrapped in zip(sentences, text, strict=True):
+            colour = GREEN if sentence["name"] == "nothing_wrong" else RED
+            figure.text(x - 0.018, 1 - y / height, "\u25cf", color=colour, va="top", fontsize=11)
+            figure.text(x, 1 - y / height, "\n".join(wrapped), va="top", fontsize=10.5, linespacing=1.3)
+            y += LINE * len(wrapped) + 0.12
+        top = head + 0.52
+        axes = place(top, high)
+        shown = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=(left, right, 0, rows), aspect="auto")
+        axes.set_xlim(-pitch / 2, 1 + pitch / 2)
+        axes.set_axis_off()
+        for row in columns:
+            t, log_snr, known = (float(v[row]) for v in (curves.t, curves.log_snr, curves.known))
+            label = f"t = {t:.3g}\nln SNR {log_snr:.1f}\nknown {_percent(known)}"
+            label = label.replace("-inf", "\u2212\u221e").replace("-", "\u2212")
+            axes.text(float(curves.u[row]), rows, label, ha="center", va="bottom", fontsize=8.5, linespacing=1.25)
+        top += high
+
+        panels = [place(top + GAP + i * (GAP + PANEL), PANEL) for i in range(4)]
+        _draw_levels(panels[0], curves)
+        _draw_log_snr(panels[1], curves)
+        _draw_training(panels[2], training)
+        _draw_loss(panels[3], curves, finite)
+        _shade(panels, curves)
+        for axes in panels:
+            axes.set_xticks(torch.linspace(0, 1, 11).tolist())
+            axes.grid(color="#e4e4e4", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=3, labelbottom=axes is panels[-1])
+        panels[-1].set_xlabel("share of the schedule's length, from image to noise")
+        note = "\n".join(textwrap.wrap(FOOTNOTE, 165))
+        figure.text(x, 0.12 / height, note, color=FAINT, va="bottom", fontsize=8.5, linespacing=1.35)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def _strip(strip: Tensor, pitch: float) -> tuple[Tensor, float, float, int]:
+    """The grid of images, (C, H, W) uint8, its left and right end where columns are at 0, pitch, 2 pitch, ..., rows."""
+    rows, columns, channels, _, _ = strip.shape
+    images = strip.flatten(0, 1)[:, : channels if channels in (1, 3) else 1]
+    scale, gap = enlarge(images.shape[2]), 3
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    width = images.shape[3]
+    margin = pitch / 2 + pitch * gap / (width + gap) / 2
+    return grid(images, columns, gap), -margin, (columns - 1) * pitch + margin, rows
+
+
+def _draw_levels(axes: "Axes", curves: Curves) -> None:
+    axes.plot(curves.u, curves.alpha, color=BLUE, linewidth=2, label="alpha, signal", marker=_marker(curves))
+    axes.plot(curves.u, curves.sigma, color=ORANGE, linewidth=2, label="sigma, noise", marker=_marker(curves))
+    if curves.sigma.max() > 2:
+        axes.set_yscale("log")
+    axes.set_ylabel("level")
+    axes.legend(loc="center left")
+
+
+def _draw_log_snr(axes: "Axes", curves: Curves) -> None:
+    finite = torch.where(curves.log_snr.isfinite(), curves.log_snr, torch.nan)
+    axes.plot(curves.u, finite, color=INK, linewidth=2, marker=_marker(curves))
+    limit = 2 * math.log(TERMINAL_ALPHA)
+    axes.axhline(limit, color=RED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate("the end must lie below", (0, limit), (0, 3), textcoords="offset points", color=RED, fontsize=8.5)
+    axes.set_ylabel("ln SNR")
+
+
+def _draw_training(axes: "Axes", training: Training) -> None:
+    edges = torch.linspace(0, 1, BINS + 1)
+    axes.stairs(100 * training.draws, edges, fill=True, color="#c9dcee", label="draws")
+    axes.stairs(100 * training.weighted, edges, color=BLUE, linewidth=1.6, label="draws x weight")
+    axes.stairs(100 * training.loss, edges, color=ORANGE, linewidth=1.6, label="draws x least loss")
+    axes.set_ylabel(f"% of training\nper {100 // BINS}% of length")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+
+
+def _draw_loss(axes: "Axes", curves: Curves, finite: Finite) -> None:
+    loss = torch.where(curves.loss.isfinite() & (curves.loss > 0), curves.loss, torch.nan)
+    axes.plot(curves.u, loss, color=INK, linewidth=2, label="Gaussian, closed form", marker=_marker(curves))
+    points = [(float(curves.u[row]), v) for row, v in zip(finite.rows, finite.loss, strict=True) if v > 0]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", color=GREEN, markersize=4, label="the training images alone")
+    axes.set_yscale("log")
+    largest = float(loss[~loss.isnan()].max()) if (~loss.isnan()).any() else 1.0
+    axes.set_ylim(1e-5 * largest, 3 * largest)
+    axes.set_ylabel("least loss")
+    axes.legend(loc="upper right")
+
+
+def _shade(panels: list["Axes"], curves: Curves) -> None:
+    """Marks the levels at which an image is intact, and those that are wasted."""
+    for there, colour, name in ((curves.intact, GREEN, "intact"), (curves.wasted, RED, "wasted")):
+        if not there.any():
+            continue
+        first, last = (float(curves.u[there][i]) for i in (0, -1))
+        for axes in panels:
+            axes.axvspan(first, last, color=colour, alpha=0.07, linewidth=0)
+        where = panels[0].get_xaxis_transform()
+        middle = (first + last) / 2
+        panels[0].text(middle, 1.02, name, color=colour, ha="center", va="bottom", fontsize=8.5, transform=where)
+
+
+def _marker(curves: Curves) -> str | None:
+    return "." if len(curves.u) < 20 else None
+
+
+def _described(curves: Curves, finite: Finite, training: Training) -> dict[str, Any]:
+    """The curves as plain lists; null for what is not finite."""
+    rows = _spread(len(curves.u), ROWS)
+    names = ("u", "t", "alpha", "sigma", "log_snr", "known", "loss")
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+    return {
+        "levels": {name: _plain(getattr(curves, name)[rows].tolist()) for name in names},
+        "finite_set": {
+            "u": curves.u[finite.rows].tolist(),
+            "loss": _plain(finite.loss),
+            "standard_error": _plain(finite.standard_error),
+        },
+        "training": {
+            "edges": edges.tolist(),
+            **{name: getattr(training, name).tolist() for name in ("draws", "weighted", "loss")},
+        },
+    }
+
+
+def _plain(values: list[float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values]
+
+
+def _spread(n: int, k: int) -> list[int]:
+    """At most k of n row numbers, evenly, both ends included."""
+    return [int(v) for v in torch.linspace(0, n - 1, min(n, k), dtype=torch.float64).round()]
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.0f}%" if percent >= 1 or percent == 0 else f"{percent:.1g}%"
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width}" if channels == 1 else f"{height}x{width}x{channels}"
