@@ -94,9 +94,10 @@ class DiscreteSchedule(Schedule):
         return ((index + 0.5) / self.num_timesteps).clamp(max=BELOW_ONE).float()
 
     def slope(self, t: Tensor) -> Tensor:
-        if self.num_timesteps == 1:
-            return torch.zeros_like(t, dtype=torch.float32)
-        return (-2 * self.num_timesteps * torch.gradient(self._log_snr)[0]).float().to(t.device)[t]
+        # each time stands for the stretch of ln SNR that is nearest to it
+        edges = (self._log_snr[1:] + self._log_snr[:-1]) / 2
+        edges = torch.cat([self._log_snr[:1], edges, self._log_snr[-1:]])
+        return (2 * self.num_timesteps * (edges[:-1] - edges[1:])).float().to(t.device)[t]
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.alpha, self.sigma

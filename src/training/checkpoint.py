@@ -36,22 +36,34 @@ class Checkpoint(Callback):
         config: the resolved configuration, kept in the checkpoint so that the file alone rebuilds the model.
         stop: says whether a signal has asked to stop; then last.ckpt is saved and `Stopped` raised at the step's end.
         every_n_steps: optimiser steps between two saves of last.ckpt.
+        keep_every_n_steps: steps between two saves of checkpoints/step=<n>.ckpt, which stay; None for none.
 
     Raises:
-        ValueError: when every_n_steps is less than 1.
+        ValueError: when a number is less than 1.
     """
 
     MONITOR = "val/loss_ema"
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], stop: Stop, every_n_steps: int = 1000) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        stop: Stop,
+        every_n_steps: int = 1000,
+        keep_every_n_steps: int | None = None,
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        if keep_every_n_steps is not None and keep_every_n_steps < 1:
+            raise ValueError(f"keep_every_n_steps={keep_every_n_steps} must be at least 1, or null to keep none")
         self.run_dir = run_dir
         self.config = config
         self.stop = stop
         self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
         self.best = float("inf")
         self._saved_step = -1
+        self._kept_step = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.stop.signum is not None and self._at_step_end(trainer):
@@ -83,6 +95,9 @@ class Checkpoint(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step != self._saved_step:
             self._save_last(trainer)
+        if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0 and step != self._kept_step:
+            self._kept_step = step
+            trainer.save_checkpoint(self.run_dir / LAST.with_name(f"step={step}.ckpt"))
 
     def _save_last(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.run_dir / LAST)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from src.diffusion.guidance import ClassifierFree
+from src.diffusion.guidance import CFGPP, Autoguidance, ClassifierFree, Guess
+from src.diffusion.samplers import DDIM
 from src.diffusion.schedules import Linear
 
 LEVELS = Linear().levels(10, "trailing")
@@ -68,3 +69,41 @@ def test_full_rescale_keeps_the_conditional_standard_deviation():
 def test_settings_that_mean_nothing_are_refused(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
         ClassifierFree(**arguments)
+
+
+def test_cfg_pp_guides_the_image_and_leaves_the_noise_unconditional():
+    """Algorithm 2 of Chung et al. 2024: x_s = alpha_s x0_guided + sigma_s eps_unconditional, also at a scale of 1."""
+    t, s = LEVELS[4], LEVELS[5]
+    x = X.double()
+    for scale in (0.0, 0.6, 1.0):
+        denoise = CFGPP(scale=scale)(conditional, unconditional)
+        x_s, _ = DDIM(clip=False).step(denoise, x, t, s, lambda: x)
+        x0 = (1 - scale) * unconditional(x, t) + scale * conditional(x, t)
+        eps = (x - t.alpha * unconditional(x, t)) / t.sigma
+        torch.testing.assert_close(x_s, s.alpha * x0 + s.sigma * eps, rtol=0, atol=1e-12)
+    assert CFGPP(scale=1.0).active
+    with pytest.raises(ValueError, match=r"scale=1\.5 of CFG\+\+ must lie between 0 and 1"):
+        CFGPP(scale=1.5)
+
+
+def test_cfg_pp_clips_both_guesses():
+    t, s = LEVELS[4], LEVELS[5]
+    big = lambda x, level: 5 * x  # noqa: E731
+    x_s, x0 = DDIM(clip=True).step(CFGPP(scale=0.5)(big, lambda x, level: -5 * x), X.double(), t, s, lambda: X)
+    eps = (X.double() - t.alpha * (-5 * X.double()).clamp(-1, 1)) / t.sigma
+    torch.testing.assert_close(x_s, s.alpha * x0 + s.sigma * eps, rtol=0, atol=1e-12)
+
+
+def test_autoguidance_is_the_same_line_through_two_models():
+    level = LEVELS[4]
+    guided = Autoguidance(scale=2.5, guide="weak.ckpt")(conditional, unconditional)(X, level).x0
+    expected = unconditional(X, level) + 2.5 * (conditional(X, level) - unconditional(X, level))
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="guide= must name the weaker model"):
+        Autoguidance(scale=2.0)
+
+
+def test_guidance_keeps_the_strong_models_variance():
+    v = torch.zeros(1)
+    strong = lambda x, level: Guess(x, v=v)  # noqa: E731
+    assert ClassifierFree(scale=2.0)(strong, unconditional)(X, LEVELS[3]).v is v
