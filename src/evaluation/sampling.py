@@ -1,6 +1,7 @@
 """Samples of a trained run, as files: grid.png, samples.npz, and the trajectory that led to them."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from tqdm import tqdm
 
 from src.build import build, refusals
 from src.diffusion.gaussian import GaussianDiffusion
-from src.diffusion.guidance import Autoguidance, Guidance
-from src.diffusion.samplers import StepSampler, generate
+from src.diffusion.guidance import Autoguidance, Denoiser, Guidance
+from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
 from src.files import replacing
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
@@ -23,6 +24,82 @@ NO_LABELS = "was trained without labels; train with model.num_classes, as experi
 FRAMES = 50  # of an animation, at most
 COLUMNS = 10  # of a strip
 TRAJECTORIES = 8  # samples that a trajectory shows, at most
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What turns noise into images: a run's network, with the sampler and the guidance that were asked for.
+
+    Attributes:
+        steps: of the sampler.
+        shape: (C, H, W) of the run's images.
+        labels: (N,) int64, one a sample, or None.
+        guide: diffusion and network of the weaker model, of autoguidance.
+        precision: the context that networks are asked in.
+    """
+
+    run: Run
+    device: torch.device
+    diffusion: GaussianDiffusion
+    net: nn.Module
+    sampler: Sampler
+    steps: int
+    shape: tuple[int, int, int]
+    labels: Tensor | None
+    guidance: Guidance
+    guide: tuple[GaussianDiffusion, nn.Module] | None
+    precision: AbstractContextManager[Any]
+
+    def denoiser(self, indices: range) -> Denoiser:
+        """The guided denoiser of the samples with these numbers; it serves one batch on its way."""
+        y = None if self.labels is None else self.labels[indices.start : indices.stop].to(self.device)
+        weak = self.diffusion.denoiser(self.net) if self.guide is None else self.guide[0].denoiser(self.guide[1], y)
+        return self.guidance(self.diffusion.denoiser(self.net, y), weak)
+
+    def finite(self, x: Tensor) -> Tensor:
+        """x.
+
+        Raises:
+            UserError: when it holds NaN or infinity.
+        """
+        if not torch.isfinite(x).all():
+            raise UserError(f"the samples hold NaN or infinity; the weights in {self.run.checkpoint} are broken")
+        return x
+
+
+def set_up(config: dict[str, Any], num_samples: int) -> Setup:
+    """What the keys that conf/sample.yaml and conf/edit.yaml share ask for, to draw `num_samples` images.
+
+    Raises:
+        UserError: for whatever the user can mend.
+    """
+    if num_samples < 1 or config["batch_size"] < 1:
+        raise UserError("num_samples and batch_size must be at least 1")
+    run = Run(config["run"])
+    device = _device(config["device"])
+    diffusion = build_diffusion(run.config)
+    sampler = build(config["sampler"], "sampler")
+    with refusals("sampler"):
+        steps = len(sampler.path(diffusion.schedule)) - 1
+    net = run.load_net(config["weights"]).to(device)
+    labels = _labels(config["labels"], net, num_samples, run.checkpoint)
+    guidance = build(config["guidance"], "guidance")
+    with refusals("sampler"):
+        sampler.check(net)
+    if guidance.needs_steps and not isinstance(sampler, StepSampler):
+        raise UserError(
+            f"guidance {type(guidance).__name__} keeps the noise of another model, which {type(sampler).__name__} "
+            "cannot; choose sampler=ddim, euler or ddpm"
+        )
+    if labels is None and guidance.active and guidance.needs_labels:
+        can = getattr(net, "num_classes", None) is not None
+        reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
+        raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
+    guide = _guide(guidance, run, config["weights"], device)
+    precision = _precision(config["precision"], device)
+    return Setup(
+        run, device, diffusion, net, sampler, steps, image_shape(run.config), labels, guidance, guide, precision
+    )
 
 
 def draw(config: dict[str, Any], out: Path) -> None:
@@ -36,59 +113,34 @@ def draw(config: dict[str, Any], out: Path) -> None:
     asked = config["labels"]
     if config["num_samples"] is None:
         config = {**config, "num_samples": len(asked) if isinstance(asked, list) else DEFAULT_SAMPLES}
-    if config["num_samples"] < 1 or config["batch_size"] < 1:
-        raise UserError("num_samples and batch_size must be at least 1")
-    run = Run(config["run"])
-    device = _device(config["device"])
-    diffusion = build_diffusion(run.config)
-    sampler = build(config["sampler"], "sampler")
-    with refusals("sampler"):
-        steps = len(sampler.path(diffusion.schedule)) - 1
-    net = run.load_net(config["weights"]).to(device)
-    shape = image_shape(run.config)
-    labels = _labels(asked, net, config["num_samples"], run.checkpoint)
-    guidance = build(config["guidance"], "guidance")
-    with refusals("sampler"):
-        sampler.check(net)
-    if guidance.needs_steps and not isinstance(sampler, StepSampler):
-        raise UserError(
-            f"guidance {type(guidance).__name__} keeps the noise of another model, which {type(sampler).__name__} "
-            "cannot; choose sampler=ddim, euler or ddpm"
-        )
-    if labels is None and guidance.active and guidance.needs_labels:
-        can = getattr(net, "num_classes", None) is not None
-        reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
-        raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
-    guide = _guide(guidance, run, weights=config["weights"])
-
-    weights = config["weights"]
-    print(f"{config['num_samples']} samples of {run.checkpoint}, {weights} weights, {steps} steps, {device.type}")
-    kept = range(min(TRAJECTORIES, config["num_samples"])) if config["trajectory"] else range(0)
+    n = config["num_samples"]
+    setup = set_up(config, n)
+    shape, schedule = setup.shape, setup.diffusion.schedule
+    print(
+        f"{n} samples of {setup.run.checkpoint}, {config['weights']} weights, {setup.steps} steps, {setup.device.type}"
+    )
+    kept = range(min(TRAJECTORIES, n)) if config["trajectory"] else range(0)
     samples, states, guesses = [], [], []
-    numbers = range(config["num_samples"])
-    bar = tqdm(total=len(numbers) * steps, desc="sampling", unit="image step", dynamic_ncols=True)
-    with torch.no_grad(), _precision(config["precision"], device), bar:
+    numbers = range(n)
+    bar = tqdm(total=n * setup.steps, desc="sampling", unit="image step", dynamic_ncols=True)
+    with torch.no_grad(), setup.precision, bar:
         for low in numbers[:: config["batch_size"]]:
             indices = numbers[low : low + config["batch_size"]]
             shown = len(kept[low : low + len(indices)])  # of this batch, the first so many
-            y = None if labels is None else labels[low : low + len(indices)].to(device)
-            weak = diffusion.denoiser(net) if guide is None else guide[0].denoiser(guide[1].to(device), y)
-            denoise = guidance(diffusion.denoiser(net, y), weak)
+            denoise = setup.denoiser(indices)
             batch_states, batch_guesses = [], []
-            for step in generate(denoise, sampler, diffusion.schedule, shape, config["seed"], indices, device):
+            for step in generate(denoise, setup.sampler, schedule, shape, config["seed"], indices, setup.device):
                 if shown:
                     batch_states.append(to_uint8(step.x[:shown]).cpu())
                     batch_guesses.append(to_uint8(step.x0[:shown]).cpu())
                 bar.update(len(indices))
-            if not torch.isfinite(step.x).all():
-                raise UserError(f"the samples hold NaN or infinity; the weights in {run.checkpoint} are broken")
-            samples.append(to_uint8(step.x).cpu())
+            samples.append(to_uint8(setup.finite(step.x)).cpu())
             if shown:
                 states.append(torch.stack(batch_states))
                 guesses.append(torch.stack(batch_guesses))
 
     images = torch.cat(samples)
-    _save_npz(images, labels, out / "samples.npz")
+    save_npz(images, setup.labels, out / "samples.npz")
     save_png(grid(images), out / "grid.png", enlarge(shape[1]))
     written = ["grid.png", "samples.npz"]
     if config["trajectory"]:
@@ -98,7 +150,9 @@ def draw(config: dict[str, Any], out: Path) -> None:
         print(f"  {out / name}")
 
 
-def _guide(guidance: Guidance, run: Run, weights: str) -> tuple[GaussianDiffusion, nn.Module] | None:
+def _guide(
+    guidance: Guidance, run: Run, weights: str, device: torch.device
+) -> tuple[GaussianDiffusion, nn.Module] | None:
     """Diffusion and network of the weaker model, of autoguidance."""
     if not isinstance(guidance, Autoguidance):
         return None
@@ -107,7 +161,7 @@ def _guide(guidance: Guidance, run: Run, weights: str) -> tuple[GaussianDiffusio
         raise UserError(f"guidance.guide={guidance.guide} has another schedule than the run; use one with the same")
     if image_shape(guide.config) != image_shape(run.config):
         raise UserError(f"guidance.guide={guidance.guide} makes images of another shape than the run")
-    return build_diffusion(guide.config), guide.load_net(weights)
+    return build_diffusion(guide.config), guide.load_net(weights).to(device)
 
 
 def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> Tensor | None:
@@ -124,7 +178,7 @@ def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> T
     return torch.tensor([asked[i % len(asked)] for i in range(num_samples)])
 
 
-def _save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
+def save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
     """arr_0 uint8 (N, H, W, C) in sample order, and arr_1 int64 labels: the layout of guided-diffusion's evaluator."""
     arrays = [images.permute(0, 2, 3, 1).contiguous().numpy()]
     if labels is not None:
