@@ -5,6 +5,8 @@ Torch's CPU generator takes 32 bits of seed. Seeds are therefore a scrambled sta
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,10 +43,10 @@ def seed_device(device: torch.device, seed: int) -> None:
 class NoiseStream:
     """Noise for the samples with the given indices, such that sample i depends on (seed, i) alone.
 
-    Each sample owns a generator, so neither the batch nor the device changes what it draws: noise is made on the CPU.
-    Draws are made a block of steps at a time, to call each generator rarely. `first` is drawn before the blocks: all
-    samplers start from the same latents. The series of two seeds are stretches of 2^32 numbers that may overlap,
-    shifted, with a chance of about N / 2^31 for N samples.
+    Each sample owns a generator, so neither the batch nor the device changes what it draws: noise is made on the CPU,
+    by as many threads as torch uses, for a few steps at a time. `first` is drawn before: all samplers start from the
+    same latents. The series of two seeds are stretches of 2^32 numbers that may overlap, shifted, with a chance of
+    about N / 2^31 for N samples.
 
     Args:
         seed: any integer.
@@ -53,7 +55,7 @@ class NoiseStream:
         device: where the noise is wanted.
     """
 
-    BLOCK = 2**16  # numbers a generator draws at a time, about
+    BLOCK = 2**14  # numbers a generator draws at a time, about
 
     def __init__(
         self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
@@ -61,17 +63,37 @@ class NoiseStream:
         start = mix(seed)
         self.generators = [generator(start, i) for i in indices]
         self.shape = shape
-        self.device = device
-        self.first = self._draw(1)[0]
+        self.device = torch.device(device)
+        self.first = self._draw(1)[:, 0]
         self._steps = max(1, self.BLOCK // max(1, self.first[0].numel()))
-        self._block: list[Tensor] = []
+        self._block = self.first[:, None][:, :0]  # (B, steps, C, H, W), of which `_used` are given away
+        self._used = 0
 
     def __call__(self) -> Tensor:
         """The next z, (B, C, H, W)."""
-        if not self._block:
-            self._block = list(self._draw(self._steps).flip(0))
-        return self._block.pop()
+        if self._used == self._block.shape[1]:
+            self._block, self._used = self._draw(self._steps), 0
+        self._used += 1
+        return self._block[:, self._used - 1]
 
     def _draw(self, steps: int) -> Tensor:
-        draws = torch.stack([torch.randn(steps, *self.shape, generator=g) for g in self.generators], dim=1)
-        return draws.to(self.device)
+        """(B, steps, C, H, W), sample i from its generator alone."""
+        pinned = self.device.type == "cuda"
+        draws = torch.empty(len(self.generators), steps, *self.shape, pin_memory=pinned)
+        numbers = range(len(self.generators))
+
+        def fill(part: range) -> None:
+            for i in part:
+                draws[i].normal_(generator=self.generators[i])
+
+        threads = min(torch.get_num_threads(), 8)
+        if threads > 1 and draws.numel() > 2**16:
+            list(_pool(threads).map(fill, [numbers[k::threads] for k in range(threads)]))
+        else:
+            fill(numbers)
+        return draws.to(self.device, non_blocking=True)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)

@@ -18,6 +18,7 @@ def conditional_run(tmp_path_factory):
         "model.num_classes=10",
         "optimizer.lr=0.003",
         "trainer.max_steps=100",
+        "callbacks.checkpoint.keep_every_n_steps=30",
         f"hydra.run.dir={folder}",
     ]
     try:
@@ -30,7 +31,7 @@ def conditional_run(tmp_path_factory):
 @pytest.fixture
 def draw(command, conditional_run, tmp_path):
     def run(*arguments):
-        out = tmp_path / "_".join(arguments)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
         outcome = command("sample", f"run={conditional_run}", f"out='{out}'", "sampler.steps=10", *arguments)
         assert outcome.code == 0, outcome.err
         return np.load(out / "samples.npz")
@@ -62,6 +63,27 @@ def test_guidance_of_one_is_none_and_of_zero_is_unconditional(draw):
     assert (draw("labels=[3,5,8]", "guidance=cfg")["arr_0"] != plain).any()
 
 
+def test_cfg_pp_has_a_noise_of_its_own(draw):
+    one = draw("labels=[3,5,8]", "guidance=cfg_pp", "guidance.scale=1")["arr_0"]
+    assert (one != draw("labels=[3,5,8]")["arr_0"]).any()  # the conditional x0 with the unconditional noise
+
+
+def test_an_earlier_checkpoint_guides(draw, conditional_run):
+    """Autoguidance: with the model itself for a guide, nothing changes; with an earlier one, something does."""
+    assert [p.name for p in sorted((conditional_run / "checkpoints").glob("step=*"))] == [
+        f"step={n}.ckpt" for n in (30, 60, 90)
+    ]
+
+    def guided(name, *arguments):
+        guide = conditional_run / "checkpoints" / name
+        return draw("num_samples=3", "guidance=autoguidance", f"guidance.guide='{guide}'", *arguments)["arr_0"]
+
+    plain = draw("num_samples=3")["arr_0"]
+    assert np.abs(guided("last.ckpt").astype(int) - plain).max() <= 1
+    assert (guided("step=30.ckpt") != plain).any()
+    np.testing.assert_array_equal(guided("step=30.ckpt", "guidance.scale=1"), plain)
+
+
 def test_sample_i_with_its_label_does_not_depend_on_the_batch(draw):
     whole = draw("labels=all", "num_samples=12", "guidance=cfg")
     parts = draw("labels=all", "num_samples=12", "guidance=cfg", "batch_size=5")
@@ -76,6 +98,15 @@ def test_sample_i_with_its_label_does_not_depend_on_the_batch(draw):
         (["labels=some"], "labels=some must be all"),
         (["guidance=cfg"], "needs labels to guide towards: no labels were given"),
         (["labels=all", "guidance=cfg", "guidance.scale=-2"], "scale=-2 must not be negative"),
+        (["guidance=cfg_pp"], "needs labels to guide towards: no labels were given"),
+        (["labels=all", "guidance=cfg_pp", "guidance.scale=2"], "scale=2 of CFG++ must lie between 0 and 1"),
+        (
+            ["labels=all", "guidance=cfg_pp", "sampler=heun"],
+            "CFGPP keeps the noise of another model, which Heun cannot",
+        ),
+        (["guidance=autoguidance"], "guidance.guide has no value"),
+        (["guidance=autoguidance", "guidance.guide=nowhere"], "run=nowhere is neither a run folder nor a .ckpt"),
+        (["sampler=ddpm_learned"], "variance=learned needs a network that learns the variance"),
     ],
 )
 def test_labels_that_cannot_be(command, conditional_run, tmp_path, arguments, sentence):
@@ -94,6 +125,11 @@ def test_an_unconditional_model_has_neither_labels_nor_guidance(command, smoke_r
 
 def test_labels_are_dropped_per_image(monkeypatch):
     """Catches one coin for the whole batch."""
+    from src.diffusion.densities import Uniform
+    from src.diffusion.gaussian import GaussianDiffusion
+    from src.diffusion.objectives import Eps
+    from src.diffusion.schedules import Linear
+    from src.diffusion.weightings import Constant as ConstantWeight
     from src.training.ema import EMA
     from src.training.lr import Constant
     from src.training.module import DiffusionModule
@@ -101,7 +137,8 @@ def test_labels_are_dropped_per_image(monkeypatch):
     class Net(torch.nn.Module):
         num_classes = 10
 
-    module = DiffusionModule(Net(), None, None, Constant(), None, EMA(), seed=0, label_dropout=0.25)
+    diffusion = GaussianDiffusion(Linear(), Eps(), ConstantWeight(), Uniform())
+    module = DiffusionModule(Net(), diffusion, None, Constant(), None, EMA(), seed=0, label_dropout=0.25)
     y = torch.arange(10).repeat(1000)
     dropped = module.drop_labels(y)
     none = dropped == 10

@@ -166,7 +166,7 @@ class GaussianDiffusion:
 
 
 class NetworkDenoiser:
-    """E[x0 | x_t, y] by a network, (B, C, H, W), in the precision of x_t; the network sees its own.
+    """E[x0 | x_t, y] by a network, (B, C, H, W), which sees its own precision; x0 is float32 at least.
 
     One denoiser serves one batch on its way from noise to images: with self-conditioning it remembers its last guess.
     """
@@ -190,27 +190,25 @@ class NetworkDenoiser:
             x = torch.cat([x, torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)], dim=1)
         if self.module and x.device.type == "cpu":
             rows = max(CHUNK_ROWS, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
-            output = torch.cat([self._ask(*part, level) for part in _chunks(rows, x, self.y)])[: len(x)]
+            t = torch.full((rows,), level.t)
+            output = torch.cat([self.net(part, t, *y) for part, *y in _chunks(rows, x, self.y)])[: len(x)]
         else:
-            output = self._ask(x, self.y, level)
-        F, v = diffusion.split(self.net, output.to(x_t.dtype))
-        x0 = objective.x0(x_t, F, level.alpha, level.sigma)
+            output = self.net(x, torch.full((len(x),), level.t, device=x.device), *_given(self.y))
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        F, v = diffusion.split(self.net, output)
+        x0 = objective.x0(x_t.to(F.dtype), F, level.alpha, level.sigma)
         if self.self_conditioning:
             self.last = x0.clamp(-1, 1)
         return Guess(x0, v=v)
 
-    def _ask(self, x: Tensor, y: Tensor | None, level: Level) -> Tensor:
-        return self.net(x, torch.full((len(x),), level.t, device=x.device), *_given(y))
 
-
-def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """x and y in parts of `rows`, the last filled up with copies of the last row."""
+def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """x, and y where there is one, in parts of `rows`, the last filled up with copies of the last row."""
     missing = -len(x) % rows
+    tensors = (x, *_given(y))
     if missing:
-        x = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
-        y = None if y is None else torch.cat([y, y[-1:].expand(missing)])
-    for low in range(0, len(x), rows):
-        yield x[low : low + rows], None if y is None else y[low : low + rows]
+        tensors = tuple(torch.cat([v, v[-1:].expand(missing, *v.shape[1:])]) for v in tensors)
+    return zip(*(v.split(rows) for v in tensors), strict=True)
 
 
 def _given(y: Tensor | None) -> tuple[Tensor, ...]:

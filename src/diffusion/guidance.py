@@ -17,7 +17,7 @@ from src.diffusion.levels import Level
 
 
 class Guess(NamedTuple):
-    """What a denoiser says of a noisy image.
+    """What a denoiser says of a noisy image. Its x0 are the asker's to write into.
 
     Attributes:
         x0: (B, C, H, W) E[x0 | x_t].
@@ -30,12 +30,12 @@ class Guess(NamedTuple):
     v: Tensor | None = None
 
 
-Denoiser = Callable[[Tensor, Level], Guess | Tensor]  # a Tensor is x0 alone
+Denoiser = Callable[[Tensor, Level], Guess | Tensor]  # a Tensor is x0 alone, and stays as it is
 
 
 def as_guess(answer: Guess | Tensor) -> Guess:
     """A denoiser's answer with all its parts."""
-    return answer if isinstance(answer, Guess) else Guess(answer)
+    return answer if isinstance(answer, Guess) else Guess(answer.clone())
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def beta(t: Level, s: Level) -> float:
 def toward(x: Tensor, x0: Tensor, t: Level, s: Level, tau: float = 0.0) -> Tensor:
     """The mean of the step: alpha_s x0 + sqrt(sigma_s^2 - tau^2) (x - alpha_t x0) / sigma_t, as one sum of x0 and x."""
     keep = sqrt(max(0.0, s.sigma**2 - tau**2)) / t.sigma
-    return (x0 * (s.alpha - keep * t.alpha)).add_(x, alpha=keep)
+    return (x * keep).add_(x0, alpha=s.alpha - keep * t.alpha)  # in the precision of x
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class Sampler:
 
     def _clipped(self, x0: Tensor) -> Tensor:
         if self.clip != "dynamic":
-            return x0.clamp(-1, 1)
+            return x0.clamp_(-1, 1)
         rank = max(1, round(self.percentile * x0[0].numel()))
         s = x0.abs().flatten(1).kthvalue(rank, dim=1).values.clamp_min(1).view(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp(-s, s) / s
+        return x0.clamp_(-s, s).div_(s)
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, x: Tensor, noise: Noise, skip: int = 0) -> Iterator[Step]:
         """Walks from `x`, (B, C, H, W) at a level of the path, to images; `noise` gives a fresh z like `x` a call.

@@ -12,7 +12,9 @@ They are plain tensors, not buffers, so that a module cast to bfloat16 cannot ta
 New schedule: subclass `DiscreteSchedule`, hand the betas to `super().__init__`, add one YAML to conf/schedule.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
+from math import exp, sqrt
 
 import torch
 from torch import Tensor
@@ -51,6 +53,7 @@ class DiscreteSchedule(Schedule):
                 "choose smaller betas or a smaller num_timesteps"
             )
         self._log_snr = (self.alpha / self.sigma).log()  # (T,) ln(alpha / sigma), falling
+        self._rising: list[float] = self._log_snr.neg().tolist()
         self._float32: dict[torch.device, Tensor] = {}  # (2, T) alpha and sigma, one copy a device
 
     @property
@@ -132,11 +135,10 @@ class DiscreteSchedule(Schedule):
 
     def level_at(self, log_snr: float) -> Level:
         """Between the whole times, interpolated in ln(alpha / sigma)."""
-        at = torch.tensor(log_snr, dtype=torch.float64)
-        before = int((self._log_snr > at).sum()) - 1  # the ends are not asked for, so there is one
-        low, high = self._log_snr[before], self._log_snr[before + 1]
-        t = before + float((low - at) / (low - high))
-        return Level(t, float((2 * at).sigmoid().sqrt()), float((-2 * at).sigmoid().sqrt()))
+        before = bisect_left(self._rising, -log_snr) - 1  # the ends are not asked for, so there is one
+        low, high = self._rising[before], self._rising[before + 1]
+        snr = exp(2 * log_snr)
+        return Level(before + (-log_snr - low) / (high - low), sqrt(snr / (1 + snr)), sqrt(1 / (1 + snr)))
 
     def _check_steps(self, steps: int) -> None:
         T = self.num_timesteps

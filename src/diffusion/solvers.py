@@ -57,7 +57,6 @@ class Heun(Solver):
         ValueError: for a negative number, or bounds that do not rise.
     """
 
-    double: bool = True
     s_churn: float = 0.0
     s_tmin: float = 0.0
     s_tmax: float | None = None
@@ -80,8 +79,7 @@ class Heun(Solver):
                 # y_s = y_t + (u_s - u_t) (eps_t + eps_s) / 2, and the first half of it is half of Euler's step
                 x0_s = self.guess(denoise, x_euler, s)
                 half = (1 - t.sigma * s.alpha / (t.alpha * s.sigma)) / 2  # (u_s - u_t) / (2 u_s)
-                x = x * (s.alpha / t.alpha / 2)  # y_t in the scale of s
-                x = x.add_(x_euler, alpha=0.5 + half).add_(x0_s, alpha=-half * s.alpha)
+                x = x_euler.mul_(0.5 + half).add_(x, alpha=s.alpha / t.alpha / 2).add_(x0_s, alpha=-half * s.alpha)
             else:
                 x = x_euler
             yield Step(index, t, x, x0)

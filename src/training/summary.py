@@ -64,7 +64,9 @@ def flops_per_image(net: nn.Module, image_shape: tuple[int, int, int], device: t
     net.eval()
     dtype = next(net.parameters()).dtype
     with FlopCounterMode(display=False) as counter:
-        net.forward(torch.zeros(1, *image_shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+        channels = image_shape[0] * (1 + getattr(net, "self_conditioning", False))
+        x = torch.zeros(1, channels, *image_shape[1:], device=device, dtype=dtype)
+        net.forward(x, torch.zeros(1, device=device))
     net.train(training)
     return int(counter.get_total_flops())
 
