@@ -22,7 +22,6 @@ from itertools import pairwise
 from math import exp, expm1, inf, log, sqrt
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from src.diffusion.guidance import Denoiser
@@ -240,8 +239,8 @@ class UniPC(_Multistep):
 def multistep_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
     """Weights w_j such that sum_j w_j f(nodes_j) = integral over (start, end) of e^(v - end) p(v) dv.
 
-    p is the polynomial through f at the nodes: the weights solve the Vandermonde system of its moments over (0, h),
-    m_k = h^k - k m_(k-1), m_0 = 1 - e^-h.
+    p is the polynomial through f at the nodes: w_j is the integral of Lagrange's, 1 at node j and 0 at the others, by the
+    moments over (0, h), m_k = h^k - k m_(k-1), m_0 = 1 - e^-h. In plain numbers, which torch.compile can trace.
 
     Args:
         nodes: lambdas at which f is known.
@@ -250,9 +249,15 @@ def multistep_weights(nodes: Sequence[float], start: float, end: float) -> list[
     moments = [-expm1(-h), h + expm1(-h)]
     for k in range(2, len(nodes)):
         moments.append(h**k - k * moments[-1])
-    scaled = (np.asarray(nodes) - start) / h
-    vandermonde = np.vander(scaled, increasing=True).T
-    return np.linalg.solve(vandermonde, [m / h**k for k, m in enumerate(moments[: len(nodes)])]).tolist()
+    weights = []
+    for node in nodes:
+        powers = [1.0]  # coefficients of Lagrange's polynomial in (v - start) / h
+        for other in nodes:
+            if other != node:
+                root, slope = (other - start) / h, h / (node - other)
+                powers = [slope * (a - root * b) for a, b in zip([0.0, *powers], [*powers, 0.0], strict=True)]
+        weights.append(sum(c * m / h**k for k, (c, m) in enumerate(zip(powers, moments, strict=False))))
+    return weights
 
 
 def _lambda(level: Level) -> float:
