@@ -239,8 +239,8 @@ class UniPC(_Multistep):
 def multistep_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
     """Weights w_j such that sum_j w_j f(nodes_j) = integral over (start, end) of e^(v - end) p(v) dv.
 
-    p is the polynomial through f at the nodes: w_j is the integral of Lagrange's, 1 at node j and 0 at the others, by the
-    moments over (0, h), m_k = h^k - k m_(k-1), m_0 = 1 - e^-h. In plain numbers, which torch.compile can trace.
+    p is the polynomial through f at the nodes: w_j is the integral of Lagrange's, 1 at node j and 0 at the others, by
+    the moments over (0, h), m_k = h^k - k m_(k-1), m_0 = 1 - e^-h. In plain numbers, which torch.compile can trace.
 
     Args:
         nodes: lambdas at which f is known.
