@@ -38,7 +38,7 @@ class Mixture:
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """E[x0 | x], (B, *shape), at one level: what samplers ask."""
-        return self.denoise(x, x.new_full((len(x),), level.alpha), x.new_full((len(x),), level.sigma))
+        return self.denoise(x, *self._level(x, level))
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor, among: Tensor | None = None) -> Tensor:
         """E[x0 | x], (B, *shape), at the levels (B,).
@@ -57,7 +57,7 @@ class Mixture:
 
     def log_density(self, x: Tensor, level: Level) -> Tensor:
         """ln p(x), (B,) in nats, of noisy images (B, *shape) at a level."""
-        flat, a, s = self._flat(x, x.new_full((len(x),), level.alpha), x.new_full((len(x),), level.sigma))
+        flat, a, s = self._flat(x, *self._level(x, level))
         V = a**2 * self.variance + s**2
         normalizer = 0.5 * (V.log() + log(2 * pi)).sum(1)
         return self._log_joint(flat, a, V).logsumexp(1) - normalizer
@@ -67,6 +67,11 @@ class Mixture:
         k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return (self.means[k] + self.variance.sqrt() * z).view(n, *self.shape)
+
+    def _level(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, (B,), in the precision of the means: small sigmas have none to lose."""
+        alpha, sigma = (x.new_full((len(x),), v, dtype=self.means.dtype) for v in (level.alpha, level.sigma))
+        return alpha, sigma
 
     def _flat(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.means.dtype
