@@ -1,0 +1,230 @@
+"""Bits per dimension of a model on real images: the mean over images, its standard error, and what it is made of.
+
+Noise, dequantisation and probes of image i depend on (seed, i) alone. A network with self-conditioning is given zeros:
+its answer must depend on the noisy image alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from src.data.loader import normalize
+from src.data.sources import ImageSet
+from src.diffusion.gaussian import GaussianDiffusion
+from src.diffusion.guidance import Denoiser
+from src.diffusion.likelihood import (
+    Variance,
+    dequantized,
+    dequantized_bits,
+    ode_density,
+    rademacher,
+    stratified_times,
+    unit_probes,
+    vlb,
+)
+from src.diffusion.schedules import DiscreteSchedule
+from src.errors import UserError
+from src.randomness import NoiseStream, generator, mix
+
+CHAIN, TIMES, ODE = 0xC4A1, 0x71E5, 0x0DE  # the series of random numbers
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a network with its diffusion, on images with their labels, in batches on the network's device."""
+
+    diffusion: GaussianDiffusion
+    net: nn.Module
+    data: ImageSet
+    batch_size: int
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything but the network."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+
+class Part(NamedTuple):
+    """One batch of a subject.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        indices: their numbers.
+        denoise: the network's guess of x0, given the images' labels if it takes any.
+        progress: takes the share of the batch that is done.
+    """
+
+    images: Tensor
+    indices: range
+    denoise: Denoiser
+    progress: Callable[[float], object]
+
+
+def parts(subject: Subject, name: str) -> Iterator[Part]:
+    """The batches of a subject, under a progress bar."""
+    n = len(subject.data)
+    subject.net.requires_grad_(False)
+    labelled = getattr(subject.net, "num_classes", None) is not None
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
+    with tqdm(total=n, desc=name, unit="image", dynamic_ncols=True, bar_format=layout) as bar:
+        for low in range(0, n, subject.batch_size):
+            part = subject.data[low : low + subject.batch_size]
+            y = part.labels.to(subject.device) if labelled else None
+
+            def denoise(x: Tensor, level: Any, y: Tensor | None = y) -> Any:
+                return subject.diffusion.denoiser(subject.net, y)(x, level)  # a new one remembers nothing
+
+            def progress(share: float, low: int = low, size: int = len(part)) -> None:
+                bar.update(low + share * size - bar.n)
+
+            yield Part(part.images, range(low, low + len(part)), denoise, progress)
+
+
+@dataclass(frozen=True)
+class Vlb:
+    """The variational bound of the whole chain (Eq. 5, Ho et al. 2020).
+
+    Args:
+        num_times: None for all T terms; fewer for an unbiased estimate from so many times, the same for all images, so
+            that the standard error over images does not cover their choice.
+        variance: of the reverse steps; auto is learned for networks that learn it, otherwise posterior.
+        clip: clip the guess of x0 to [-1, 1].
+
+    Raises:
+        ValueError: when num_times is less than 1.
+    """
+
+    num_times: int | None = None
+    variance: Literal["auto", "posterior", "beta", "learned"] = "auto"
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_times is not None and self.num_times < 1:
+            raise ValueError(f"num_times={self.num_times} must be at least 1, or null for all")
+
+    def refuse(self, subject: Subject) -> None:
+        """Before anything is computed.
+
+        Raises:
+            ValueError: where this bound does not exist.
+        """
+        schedule, learned = subject.diffusion.schedule, getattr(subject.net, "learned_variance", False)
+        if not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(
+                f"the variational bound is that of a chain of discrete steps, which {type(schedule).__name__} is not; "
+                "take bits=[ode]"
+            )
+        if self.variance == "learned" and not learned:
+            raise ValueError("variance=learned needs a network that learns it; choose posterior or beta")
+        self._times(subject)
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """The score as plain values, in bits per dimension."""
+        learned = getattr(subject.net, "learned_variance", False)
+        auto: Variance = "learned" if learned else "posterior"
+        variance = auto if self.variance == "auto" else self.variance
+        times = self._times(subject)
+        bounds = []
+        with torch.no_grad():
+            for part in parts(subject, "vlb"):
+                x0 = normalize(part.images).to(subject.device, subject.dtype)
+                noise = NoiseStream(mix(subject.seed, CHAIN), part.indices, tuple(x0.shape[1:]), subject.device)
+                schedule = subject.diffusion.schedule
+                bounds.append(vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress))
+        total, terms, prior = (torch.cat(rows).double().cpu() for rows in zip(*bounds, strict=True))
+        return {
+            **mean_and_error(total),
+            "prior": float(prior.mean()),
+            "terms": terms.mean(0).tolist(),
+            "times": list(range(terms.shape[1])) if times is None else times,
+            "num_times": self.num_times,
+            "variance": variance,
+            "clip": self.clip,
+        }
+
+    def _times(self, subject: Subject) -> list[int] | None:
+        if self.num_times is None:
+            return None
+        T = subject.diffusion.schedule.chain_length
+        return stratified_times(T, self.num_times, generator(mix(subject.seed, TIMES), 0))
+
+
+@dataclass(frozen=True)
+class Ode:
+    """The likelihood of the probability-flow ODE, of uniformly dequantised images (App. D.2, Song et al. 2021).
+
+    Args:
+        rtol, atol: tolerances of the solver.
+        num_probes: Hutchinson's, an image; None for the exact trace, with a derivative for each number of an image.
+
+    Raises:
+        ValueError: when one of them is not positive.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    num_probes: int | None = 1
+
+    def __post_init__(self) -> None:
+        if self.rtol <= 0 or self.atol <= 0:
+            raise ValueError(f"rtol={self.rtol} and atol={self.atol} must be positive; Song et al. use 1e-5")
+        if self.num_probes is not None and self.num_probes < 1:
+            raise ValueError(f"num_probes={self.num_probes} must be at least 1, or null for the exact trace")
+
+    def refuse(self, subject: Subject) -> None:
+        """Before anything is computed.
+
+        Raises:
+            ValueError: where there is no ODE.
+        """
+        subject.diffusion.schedule.levels(2, "linspace")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """The score as plain values, in bits per dimension; evaluations are those of the network, a batch."""
+        bits, evaluations = [], []
+        for part in parts(subject, "ode"):
+            shape = tuple(part.images.shape[1:])
+            v, probes = self.draws(subject.seed, part.indices, shape)
+            y = dequantized(part.images, v).to(subject.device, subject.dtype)
+            density = ode_density(
+                part.denoise, subject.diffusion.schedule, y, probes.to(y), self.rtol, self.atol, part.progress
+            )
+            bits.append(dequantized_bits(density.log_p, y[0].numel()))
+            evaluations.append(density.evaluations)
+        return {
+            **mean_and_error(torch.cat(bits).double().cpu()),
+            "evaluations": evaluations,
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "num_probes": self.num_probes,
+            "dequantisation": "uniform",
+        }
+
+    def draws(self, seed: int, indices: range, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """v in [0, 1), (B, C, H, W), and the probes."""
+        generators = [generator(mix(seed, ODE), i) for i in indices]
+        v = torch.stack([torch.rand(shape, generator=g) for g in generators])
+        if self.num_probes is None:
+            return v, unit_probes(shape)
+        return v, torch.stack([rademacher(shape, self.num_probes, g) for g in generators], dim=1)
+
+
+def mean_and_error(values: Tensor) -> dict[str, Any]:
+    """Mean over images (N,) and its standard error, which a single image does not have.
+
+    Raises:
+        UserError: when they are not finite.
+    """
+    if not values.isfinite().all():
+        raise UserError("the bits per dimension are NaN or infinity; the weights are broken")
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return {"bits_per_dim": float(values.mean()), "standard_error": error}
