@@ -32,7 +32,7 @@ from src.diffusion.objectives import Flow as FlowObjective
 from src.diffusion.objectives import V
 from src.diffusion.oracle import Mixture
 from src.diffusion.samplers import DDIM
-from src.diffusion.schedules import Cosine, Linear
+from src.diffusion.schedules import Cosine, Linear, Quadratic, ScaledLinear
 from src.diffusion.solvers import DPMSolverPP, Heun, UniPC
 from src.diffusion.weightings import Constant
 
@@ -328,7 +328,7 @@ def test_churn_does_not_leave_the_schedule():
     We hold to the levels of the path: EDM and k-diffusion, whose networks take any sigma, raise the first sigma to
     sqrt(2) sigma_max. A discrete schedule has no such level.
     """
-    for schedule in (Karras(), Linear(), Linear(100), Cosine(zero_terminal_snr=True)):
+    for schedule in (Karras(), Linear(), ScaledLinear(100), Quadratic(100), Cosine(zero_terminal_snr=True)):
         asked = []
         sampler = Heun(18, "trailing", clip=False, s_churn=1e3)
         path = sampler.path(schedule)
