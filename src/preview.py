@@ -5,19 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from src.cli import command
+from src.train import TrainConfig
 
 
 @dataclass
-class PreviewConfig:
-    """The keys at the root of conf/preview.yaml."""
+class PreviewConfig(TrainConfig):
+    """The keys at the root of conf/preview.yaml: those of a training, and a few more."""
 
-    schedule: dict
-    objective: dict
-    weighting: dict
-    density: dict
-    data: dict
     out: str
-    seed: int
     num_images: int
 
 
@@ -29,8 +24,8 @@ def preview(config: dict[str, Any], out: Path) -> None:
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Nothing: a preview is of no run."""
-    return []
+    """What the run was started with."""
+    return list(run["overrides"])
 
 
 main = command("preview", PreviewConfig, preview, inherit)

@@ -107,7 +107,7 @@ def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
     from src.diffusion.gaussian import GaussianDiffusion
 
     parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density", "loss")]
-    with refusals("objective"):
+    with refusals("diffusion"):
         return GaussianDiffusion(*parts)
 
 

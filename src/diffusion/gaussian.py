@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src.diffusion.densities import Density
 from src.diffusion.guidance import Guess
-from src.diffusion.levels import Level, Schedule
+from src.diffusion.levels import BELOW_ONE, Level, Schedule
 from src.diffusion.losses import Loss, Simple, Terms
 from src.diffusion.objectives import Objective
 from src.diffusion.posterior import Posterior
@@ -39,8 +39,8 @@ class GaussianDiffusion:
     """The parts that define a diffusion model, network aside.
 
     Raises:
-        ValueError: when the objective does not determine the image at some level of the schedule, or the loss needs a
-            discrete schedule.
+        ValueError: when at some level of the schedule the objective does not determine the image or the weight is not
+            finite, or the loss needs a discrete schedule.
     """
 
     def __init__(
@@ -59,11 +59,21 @@ class GaussianDiffusion:
         alpha, sigma = schedule.table()
         d = objective.determinant(alpha, sigma).abs()
         if d.min() < SMALLEST_D:
-            t = int(d.argmin())
+            worst = int(d.argmin())
             raise ValueError(
-                f"{type(objective).__name__} does not tell the image at t={t} of {len(d)}, where alpha is "
-                f"{alpha[t].item():.1e} and sigma {sigma[t].item():.1e}: use objective=v, or a schedule that keeps "
-                "some signal to its end"
+                f"{type(objective).__name__} does not tell the image at t={worst} of {len(d)}, where alpha is "
+                f"{alpha[worst].item():.1e} and sigma {sigma[worst].item():.1e}: use objective=v, or a schedule "
+                "that keeps some signal to its end"
+            )
+        t = schedule.time(torch.linspace(0, BELOW_ONE, len(d)))
+        alpha_t, sigma_t = schedule.level(t)
+        infinite = ~torch.isfinite(self.weight(t, alpha_t, sigma_t))
+        if infinite.any():
+            worst = int(infinite.int().argmax())
+            raise ValueError(
+                f"{type(weighting).__name__} has no finite weight at t={t[worst].item():.4g}, where alpha is "
+                f"{alpha_t[worst].item():.1e} and sigma {sigma_t[worst].item():.1e}: use weighting=constant, or a "
+                "schedule that keeps some signal to its end"
             )
         # Where the objective is at home x_t is handed over as it is: no work, and no rounding.
         self.scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)
@@ -92,6 +102,11 @@ class GaussianDiffusion:
                 f"loss {type(self.loss).__name__} trains a learned variance, which the network does not have; add "
                 "model.learned_variance=true, or choose loss=simple"
             )
+
+    def weight(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """w, (B,), how much the square error of F counts at the times t, (B,), whose levels are alpha and sigma."""
+        w = self.weighting(alpha, sigma, self.objective.determinant(alpha, sigma))
+        return w * self.schedule.slope(t) if getattr(self.weighting, "over_log_snr", False) else w
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): alpha_t x0 + sigma_t noise (Eq. 4, Ho et al. 2020).
@@ -135,9 +150,7 @@ class GaussianDiffusion:
         F, v = self.split(net, net(x, condition, *_given(y)).float())
         error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
         flat_alpha, flat_sigma = alpha.flatten(), sigma.flatten()
-        weight = self.weighting(flat_alpha, flat_sigma, self.objective.determinant(flat_alpha, flat_sigma))
-        if getattr(self.weighting, "over_log_snr", False):
-            weight = weight * self.schedule.slope(t)
+        weight = self.weight(t, flat_alpha, flat_sigma)
         if type(self.loss) is Simple:
             return weight * error
         x0_hat = self.objective.x0(x_t, F, alpha, sigma)

@@ -162,6 +162,9 @@ class Training:
     intact: tuple[float, float]
 
 
+PARTS = ("schedule", "objective", "weighting", "density")
+
+
 def look(config: dict[str, Any], out: Path) -> None:
     """Writes preview.png and preview.json into the folder `out`, and prints the sentences.
 
@@ -175,8 +178,8 @@ def look(config: dict[str, Any], out: Path) -> None:
 
     if not 1 <= config["num_images"] <= 32:
         raise UserError(f"num_images={config['num_images']} must lie between 1 and 32, the rows of a picture")
-    parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density")]
-    with refusals("objective"):
+    parts = [build(config[part], part) for part in PARTS]
+    with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
     data = build(config["data"], "data")
     data.setup()
@@ -188,8 +191,7 @@ def look(config: dict[str, Any], out: Path) -> None:
     with refusals("data"):
         spectrum = Spectrum(images)
     curves = measure(diffusion, spectrum)
-    with refusals("weighting"):
-        training = spend(diffusion, curves)
+    training = spend(diffusion, curves)
     finite = finite_loss(diffusion, images[:ORACLE_IMAGES], curves, generator(mix(config["seed"], 2), 0))
     sentences = words(diffusion, spectrum, curves, training)
 
@@ -197,7 +199,7 @@ def look(config: dict[str, Any], out: Path) -> None:
     noise = torch.randn(config["num_images"], *data.image_shape, generator=generator(mix(config["seed"], 3), 0))
     strip = dissolve(images[: config["num_images"]], noise, curves)
     described = {
-        "config": {key: value for key, value in config.items() if key != "out"},
+        "config": {key: config[key] for key in (*PARTS, "data", "seed", "num_images")},
         "images": {
             "number": len(data.train),
             "shape": list(data.image_shape),
@@ -233,16 +235,10 @@ def measure(diffusion: GaussianDiffusion, spectrum: Spectrum) -> Curves:
         log_snr=2 * (alpha / sigma).log(),
         mmse=mmse,
         known=(1 - mmse / spectrum.variance).clamp_min(0),
-        loss=weight(diffusion, t, alpha, sigma) * on_F(diffusion, alpha, sigma) * mmse,
+        loss=diffusion.weight(t, alpha, sigma) * on_F(diffusion, alpha, sigma) * mmse,
         wasted=torch.tensor([spectrum.miss(a, s, noise=s) < MISS for a, s in levels]),
         intact=mmse < INTACT_DOUBT * spectrum.variance,
     )
-
-
-def weight(diffusion: GaussianDiffusion, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """w, (B,), as `p_losses` has it, at the times t, (B,), and their levels."""
-    w = diffusion.weighting(alpha, sigma, diffusion.objective.determinant(alpha, sigma))
-    return w * diffusion.schedule.slope(t) if getattr(diffusion.weighting, "over_log_snr", False) else w
 
 
 def on_F(diffusion: GaussianDiffusion, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -251,23 +247,12 @@ def on_F(diffusion: GaussianDiffusion, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def spend(diffusion: GaussianDiffusion, curves: Curves) -> Training:
-    """Draws noise levels as training does, from torch's global generator, and counts.
-
-    Raises:
-        ValueError: when a weight that training will draw is not finite.
-    """
+    """Draws noise levels as training does, from torch's global generator, and counts."""
     schedule = diffusion.schedule
     u = diffusion.draw_u(DRAWS, torch.device("cpu"))
     t = schedule.time(u)
     alpha, sigma = schedule.level(t)
-    w = weight(diffusion, t, alpha, sigma).double()
-    if not torch.isfinite(w).all():
-        worst = int((~torch.isfinite(w)).int().argmax())
-        raise ValueError(
-            f"{type(diffusion.weighting).__name__} has no finite weight at t={t[worst].item():.4g}, where alpha is "
-            f"{alpha[worst].item():.1e} and sigma {sigma[worst].item():.1e}: use weighting=constant, or a schedule "
-            "that keeps some signal to its end"
-        )
+    w = diffusion.weight(t, alpha, sigma).double()
     row = (u * len(curves.u)).long().clamp_(max=len(curves.u) - 1)
     loss = w * on_F(diffusion, alpha.double(), sigma.double()) * curves.mmse[row]
     bins = (u * BINS).long().clamp_(max=BINS - 1)
