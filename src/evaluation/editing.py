@@ -24,9 +24,15 @@ from src.randomness import NoiseStream
 
 MASK = "white is painted anew, black is kept"
 THRESHOLD = 128  # of a mask's grey levels: from here on it is white
-LIGHT = 208  # how white is shown in the picture, whose gaps are white
+FRAME = 128  # grey around each image of the picture: masks are white and black, and so may images be
 ROWS = 16  # of the picture, at most
-FILES = {"inpaint": ["image", "mask"], "translate": ["image"], "interpolate": [], "invert": ["image"]}  # a verb needs
+INPUTS = {"image": "<file>", "mask": "<file>", "images": "[a.png,b.png]", "seeds": "[0,1]"}  # keys, as one gives them
+NEEDS = {  # of the inputs, one of these sets and no more
+    "inpaint": [["image", "mask"]],
+    "translate": [["image"]],
+    "interpolate": [["images"], ["seeds"]],
+    "invert": [["image"]],
+}
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
 
 
@@ -36,7 +42,8 @@ class Edit(NamedTuple):
     Attributes:
         after: (N, C, H, W) uint8.
         picture: (M, C, H, W) uint8, the images of the picture row by row, `columns` in a row.
-        metrics: numbers that tell how good it is; may be empty.
+        metrics: of what was inverted, else empty: the error of the reconstruction in grey levels, and latent_std, the
+            latents' standard deviation over that of an image with the first level's noise: 1 if they look like noise.
     """
 
     after: Tensor
@@ -70,7 +77,9 @@ def edit(config: dict[str, Any], out: Path) -> None:
     for image, name in zip(made.after, names, strict=True):
         save_png(image, out / name)
     save_npz(made.after, setup.labels, out / "samples.npz")
-    save_png(grid(made.picture, made.columns), out / "grid.png", enlarge(made.after.shape[2]))
+    height = made.after.shape[2]
+    framed = torch.nn.functional.pad(made.picture, [max(1, height // 28)] * 4, value=FRAME)
+    save_png(grid(framed, made.columns, gap=0), out / "grid.png", enlarge(height))
     written = ["grid.png", "samples.npz", names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"]
     if made.metrics:
         with replacing(out / "metrics.json") as temporary:
@@ -139,19 +148,17 @@ def read_mask(path: str, size: tuple[int, ...]) -> Tensor:
 
 
 def _check_inputs(config: dict[str, Any]) -> None:
-    verb, needed = config["verb"], FILES[config["verb"]]
-    given = [key for key in ("image", "mask", "images", "seeds") if config[key] is not None]
-    if verb == "interpolate" and len(given) == 1 and given[0] in ("images", "seeds"):
-        needed = given
+    verb = config["verb"]
+    given = [key for key in INPUTS if config[key] is not None]
+    if given not in NEEDS[verb]:
+        wants = " or ".join(" and ".join(f"{key}={INPUTS[key]}" for key in keys) for keys in NEEDS[verb])
+        about = f" ({MASK})" if verb == "inpaint" else ""
+        raise UserError(f"verb={verb} needs {wants}{about}; given: {', '.join(given) or 'nothing'}")
+    if verb == "interpolate":
         if len(config[given[0]]) != 2:
             raise UserError(f"{given[0]}={config[given[0]]} must be two, to interpolate between")
-    if verb == "interpolate" and needed != given:
-        raise UserError("verb=interpolate needs either images=[a.png,b.png] or seeds=[0,1], and nothing else")
-    if needed != given:
-        wants = " and ".join(f"{key}=<file>" for key in needed)
-        raise UserError(f"verb={verb} needs {wants}; given: {', '.join(given) or 'none'}; of a mask {MASK}")
-    if verb == "interpolate" and config["num_frames"] < 2:
-        raise UserError(f"num_frames={config['num_frames']} must be at least 2: both ends are frames")
+        if config["num_frames"] < 2:
+            raise UserError(f"num_frames={config['num_frames']} must be at least 2: both ends are frames")
 
 
 def _check_size(setup: Setup, key: str, path: str, image: Tensor) -> None:
@@ -203,7 +210,7 @@ def _inpaint(setup: Setup, config: dict[str, Any]) -> Edit:
                 config["jump"],
             )
             after.append(_images(_last(setup, steps, bar, len(indices))))
-    middle = (white * LIGHT).to(torch.uint8).expand_as(before)
+    middle = (white * 255).to(torch.uint8).expand_as(before)
     return _rows(before, middle.expand(n, *before.shape), torch.cat(after))
 
 
@@ -224,7 +231,7 @@ def _translate(setup: Setup, config: dict[str, Any]) -> Edit:
 
 def _interpolate(setup: Setup, config: dict[str, Any]) -> Edit:
     if setup.labels is not None and len(setup.labels.unique()) > 1:
-        raise UserError(f"labels={config['labels']}: all frames of interpolate have one label; give one, labels=[3]")
+        raise UserError(f"labels={config['labels']}: all frames of an interpolation have one label; give labels=[3]")
     n, schedule = config["num_frames"], setup.diffusion.schedule
     shares = torch.linspace(0, 1, n, dtype=torch.float64)
     before = None
