@@ -43,11 +43,16 @@ def edit(config: dict[str, Any], out: Path) -> None:
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Where no sampler is asked for, the run's own if it can do what is asked, or else conf/edit.yaml's."""
+    """Where no sampler is asked for: the run's own if it can do what is asked, or else conf/edit.yaml's.
+
+    Inpainting has 50 steps of DDIM with all of DDPM's noise, without which what is painted hardly heeds what is kept.
+    """
     own = sample.inherit(run, overrides)
     verbs = [override.removeprefix("verb=") for override in overrides if override.startswith("verb=")]
     if not own or not verbs:
         return own
+    if verbs[-1] == "inpaint":
+        return ["sampler=ddim", "sampler.eta=1.0"]
     from src.build import build
     from src.evaluation.editing import refusal
 

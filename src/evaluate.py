@@ -43,13 +43,13 @@ def evaluate(config: dict[str, Any], out: Path) -> None:
     from src.diffusion.schedules import DiscreteSchedule
     from src.errors import UserError
     from src.evaluation.likelihood import Subject
-    from src.evaluation.sampling import _device
+    from src.evaluation.sampling import choose_device
     from src.files import replacing
     from src.runs import Run, build_diffusion
 
     if config["batch_size"] < 1:
         raise UserError(f"batch_size={config['batch_size']} must be at least 1")
-    run, device = Run(config["run"]), _device(config["device"])
+    run, device = Run(config["run"]), choose_device(config["device"])
     torch.backends.cudnn.allow_tf32 = False  # three digits would be the solver's error
     diffusion = build_diffusion(run.config)
     net = run.load_net(config["weights"]).to(device)

@@ -169,7 +169,7 @@ def test_inversion_tells_its_error_which_falls_with_iterations(edit, pictures):
 @pytest.mark.parametrize(
     ("own", "verb", "used"),
     [
-        ("ddpm", "inpaint", "DDPM"),
+        ("ddpm", "inpaint", "DDIM"),
         ("ddpm", "translate", "DDPM"),
         ("ddpm", "invert", "DDIM"),
         ("heun", "inpaint", "DDIM"),

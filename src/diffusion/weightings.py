@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.diffusion import objectives
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -89,7 +91,7 @@ class Sigmoid:
 class Edm:
     """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the error of x0; EDM's sigma is sigma / alpha here.
 
-    1 for the edm objective, of which it is the definition (Sec. 5, Karras et al. 2022).
+    That is a weight of 1 on the error of the edm objective, whatever the network learns (Sec. 5, Karras et al. 2022).
 
     Args:
         sigma_data: standard deviation of the images in [-1, 1]; EDM uses 0.5.
@@ -98,9 +100,8 @@ class Edm:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise ValueError(f"sigma_data={self.sigma_data} must be positive; EDM uses 0.5")
+        objectives.Edm(self.sigma_data)  # refuses what it cannot be
 
     def __call__(self, alpha: Tensor, sigma: Tensor, d: Tensor) -> Tensor:
         """w, (B,), for the levels alpha and sigma and the objective's determinant d, each (B,)."""
-        return (sigma**2 + (alpha * self.sigma_data) ** 2) / (self.sigma_data * d) ** 2
+        return (objectives.Edm(self.sigma_data).determinant(alpha, sigma) / d) ** 2

@@ -60,6 +60,9 @@ INTACT = 0.25
 # Ancestral sampling evaluates the network as often as the chain has steps: 1000 times for Ho et al. 2020, 4000 for
 # Nichol & Dhariwal 2021.
 LONGEST_CHAIN = 4000
+# ln alpha of a chain grows with its length: half of Ho et al.'s beta_end would need 1.5 times as many steps to destroy
+# enough, a tenth of it 7 times.
+GENTLE = 2
 
 
 class Spectrum:
@@ -336,6 +339,15 @@ def words(diffusion: GaussianDiffusion, spectrum: Spectrum, curves: Curves, trai
         )
         numbers = {"share": intact, "limit": INTACT, "to_t": t, "to_log_snr": log_snr}
         numbers |= {"share_of_draws": draws, "share_of_weight": weighted, "destroyed_at_most": INTACT_DOUBT}
+        found.append({"name": "gentle", "sentence": sentence, "numbers": numbers})
+    needed = math.ceil(steps * math.log(TERMINAL_ALPHA) / math.log(alpha)) if 0 < alpha < 1 else steps
+    if needed > GENTLE * steps:
+        sentence = (
+            f"Gentle: {steps:,} steps of this size leave {alpha:.2f} of the image, and about {needed:,} would be "
+            f"needed to leave {TERMINAL_ALPHA}; training and sampling will take long. Raise beta_end rather than "
+            "num_timesteps."
+        )
+        numbers = {"steps": steps, "steps_needed": needed, "limit": GENTLE, "alpha": alpha}
         found.append({"name": "gentle", "sentence": sentence, "numbers": numbers})
     if steps > LONGEST_CHAIN:
         sentence = (

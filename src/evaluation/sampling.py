@@ -76,7 +76,7 @@ def set_up(config: dict[str, Any], num_samples: int) -> Setup:
     if num_samples < 1 or config["batch_size"] < 1:
         raise UserError("num_samples and batch_size must be at least 1")
     run = Run(config["run"])
-    device = _device(config["device"])
+    device = choose_device(config["device"])
     diffusion = build_diffusion(run.config)
     sampler = build(config["sampler"], "sampler")
     with refusals("sampler"):
@@ -202,7 +202,7 @@ def _save_trajectory(states: Tensor, guesses: Tensor, out: Path) -> None:
     save_gif(frames, out / "trajectory.gif", seconds=4, scale=enlarge(height))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
