@@ -62,7 +62,7 @@ INTACT = 0.25
 LONGEST_CHAIN = 4000
 # ln alpha of a chain grows with its length: half of Ho et al.'s beta_end would need 1.5 times as many steps to destroy
 # enough, a tenth of it 7 times.
-GENTLE = 2
+GENTLE = 2.5
 
 
 class Spectrum:
