@@ -108,8 +108,9 @@ def pairs(steps: int) -> dict[str, Pair]:
         "DPM-Solver++ 2M, ours clips": Pair(DPMSolverPP(steps, "log_snr"), "DPMSolverMultistepScheduler", dpm),
         "UniPC, no clipping": Pair(UniPC(steps, "linspace", clip=False), "UniPCMultistepScheduler"),
         "UniPC, ours clips": Pair(UniPC(steps, "linspace"), "UniPCMultistepScheduler"),
-        "Heun in float32, no clipping": heun(Heun(steps, "karras", clip=False, double=False), options=karras),
-        "Heun in float32": heun(Heun(steps, "karras", double=False), options={**karras, "clip_sample": True}),
+        "Heun with its state in float64": heun(
+            Heun(steps, "karras", double=True), options={**karras, "clip_sample": True}
+        ),
         "Heun, no clipping": heun(Heun(steps, "karras", clip=False), options=karras),
         "Heun": heun(Heun(steps, "karras"), options={**karras, "clip_sample": True}),
     }

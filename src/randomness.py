@@ -5,8 +5,6 @@ Torch's CPU generator takes 32 bits of seed. Seeds are therefore a scrambled sta
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,9 +42,8 @@ class NoiseStream:
     """Noise for the samples with the given indices, such that sample i depends on (seed, i) alone.
 
     Each sample owns a generator, so neither the batch nor the device changes what it draws: noise is made on the CPU,
-    by as many threads as torch uses, for a few steps at a time. `first` is drawn before: all samplers start from the
-    same latents. The series of two seeds are stretches of 2^32 numbers that may overlap, shifted, with a chance of
-    about N / 2^31 for N samples.
+    for a few steps at a time. `first` is drawn before: all samplers start from the same latents. The series of two
+    seeds are stretches of 2^32 numbers that may overlap, shifted, with a chance of about N / 2^31 for N samples.
 
     Args:
         seed: any integer.
@@ -80,20 +77,6 @@ class NoiseStream:
         """(B, steps, C, H, W), sample i from its generator alone."""
         pinned = self.device.type == "cuda"
         draws = torch.empty(len(self.generators), steps, *self.shape, pin_memory=pinned)
-        numbers = range(len(self.generators))
-
-        def fill(part: range) -> None:
-            for i in part:
-                draws[i].normal_(generator=self.generators[i])
-
-        threads = min(torch.get_num_threads(), 8)
-        if threads > 1 and draws.numel() > 2**16:
-            list(_pool(threads).map(fill, [numbers[k::threads] for k in range(threads)]))
-        else:
-            fill(numbers)
+        for row, source in zip(draws, self.generators, strict=True):
+            row.normal_(generator=source)
         return draws.to(self.device, non_blocking=True)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)

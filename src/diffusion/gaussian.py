@@ -23,7 +23,7 @@ from src.diffusion.schedules import DiscreteSchedule
 
 # CPU kernels round a row in another way when its batch has another size. Networks are therefore asked there in batches
 # of one size, about this many pixels, and a sample's bits do not depend on the batch that it is drawn in.
-CHUNK_PIXELS, CHUNK_ROWS = 4096, 4
+CHUNK_PIXELS, CHUNK_ROWS = 2048, 4
 SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
 
 
@@ -193,6 +193,7 @@ class NetworkDenoiser:
         self.dtype = next(iter(floating), None)
         self.self_conditioning = getattr(net, "self_conditioning", False)
         self.last: Tensor | None = None
+        self._t: Tensor | None = None  # (rows,) what the network is told, filled anew each time
 
     def __call__(self, x_t: Tensor, level: Level) -> Guess:
         diffusion, objective = self.diffusion, self.diffusion.objective
@@ -203,16 +204,22 @@ class NetworkDenoiser:
             x = torch.cat([x, torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)], dim=1)
         if self.module and x.device.type == "cpu":
             rows = max(CHUNK_ROWS, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
-            t = torch.full((rows,), level.t)
+            t = self._told(rows, level, x.device)
             output = torch.cat([self.net(part, t, *y) for part, *y in _chunks(rows, x, self.y)])[: len(x)]
         else:
-            output = self.net(x, torch.full((len(x),), level.t, device=x.device), *_given(self.y))
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
+            output = self.net(x, self._told(len(x), level, x.device), *_given(self.y))
+        if output.dtype not in (torch.float32, torch.float64):
+            output = output.float()
         F, v = diffusion.split(self.net, output)
         x0 = objective.x0(x_t.to(F.dtype), F, level.alpha, level.sigma)
         if self.self_conditioning:
             self.last = x0.clamp(-1, 1)
         return Guess(x0, v=v)
+
+    def _told(self, rows: int, level: Level, device: torch.device) -> Tensor:
+        if self._t is None or len(self._t) != rows:
+            self._t = torch.empty(rows, device=device)
+        return self._t.fill_(level.t)
 
 
 def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, ...]]:

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from src.diffusion.guidance import Denoiser, Guess, as_guess
+from src.diffusion.guidance import Denoiser, Guess
 from src.diffusion.levels import Level, Schedule, Spacing
 from src.diffusion.posterior import between
 from src.randomness import NoiseStream
@@ -115,19 +115,20 @@ class Sampler:
 
     def ask(self, denoise: Denoiser, x: Tensor, level: Level) -> Guess:
         """The denoiser's guess, clipped if the sampler clips."""
-        guess = as_guess(denoise(x, level))
-        if self.clip is False:
-            return guess
-        return guess._replace(
-            x0=self._clipped(guess.x0), eps_from=None if guess.eps_from is None else self._clipped(guess.eps_from)
-        )
+        answer = denoise(x, level)
+        if isinstance(answer, Tensor):
+            return Guess(self._clipped(answer, torch.empty_like(answer)) if self.clip else answer)
+        if not self.clip:
+            return answer
+        x0, eps_from, v = answer
+        return Guess(self._clipped(x0, x0), None if eps_from is None else self._clipped(eps_from, eps_from), v)
 
-    def _clipped(self, x0: Tensor) -> Tensor:
+    def _clipped(self, x0: Tensor, out: Tensor) -> Tensor:
         if self.clip != "dynamic":
-            return x0.clamp_(-1, 1)
+            return torch.clamp(x0, -1, 1, out=out)
         rank = max(1, round(self.percentile * x0[0].numel()))
         s = x0.abs().flatten(1).kthvalue(rank, dim=1).values.clamp_min(1).view(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp_(-s, s).div_(s)
+        return torch.clamp(x0, -s, s, out=out).div_(s)
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, x: Tensor, noise: Noise, skip: int = 0) -> Iterator[Step]:
         """Walks from `x`, (B, C, H, W) at a level of the path, to images; `noise` gives a fresh z like `x` a call.
