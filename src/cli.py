@@ -9,6 +9,7 @@ A command is a function of its resolved configuration (plain containers) and the
 
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -159,7 +160,11 @@ def _explain(error: BaseException) -> str:
     if cause is not None and cause.parent_node is not None and OmegaConf.is_dict(cause.parent_node):
         names = [str(name) for name in cause.parent_node if name != "hydra"]
         return unknown_key(str(cause.full_key), str(cause.key), names)
-    return " ".join(str(error).split())
+    sentence = " ".join(str(error).split())
+    foreign = re.match(r"Could not override '([^']+)'", sentence)
+    if foreign:
+        return f"this command has no group or setting {foreign[1]}; --help names those that there are"
+    return sentence
 
 
 class RememberFolders(Callback):

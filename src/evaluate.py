@@ -126,6 +126,8 @@ def _table(metrics: dict[str, Any]) -> str:
         if name == "vlb":
             T = f"{len(m['terms'])} terms, {m['variance']} variance, prior {m['prior']:.1e}"
             detail = f"{T}, t={m['times'][0]}: {m['terms'][0]:.4f}"
+            if len(m["times"]) < m["num_timesteps"]:
+                detail += f"; of {m['num_timesteps']} times, whose choice is not in the error"
         else:
             evaluations = m["evaluations"]
             mean = sum(evaluations) / len(evaluations)

@@ -96,6 +96,8 @@ def test_sample_i_with_its_label_does_not_depend_on_the_batch(draw):
         (["labels=[3,10]"], "labels=[3, 10] must be all, or a list of whole numbers from 0 to 9"),
         (["labels=[-1]"], "whole numbers from 0 to 9"),
         (["labels=some"], "labels=some must be all"),
+        (["labels=[]"], "labels=[] must be all, or a list of whole numbers from 0 to 9"),
+        (["schedule=cosine"], "this command has no group or setting schedule"),
         (["guidance=cfg"], "needs labels to guide towards: no labels were given"),
         (["labels=all", "guidance=cfg", "guidance.scale=-2"], "scale=-2 must not be negative"),
         (["guidance=cfg_pp"], "needs labels to guide towards: no labels were given"),
@@ -105,7 +107,7 @@ def test_sample_i_with_its_label_does_not_depend_on_the_batch(draw):
             "CFGPP keeps the noise of another model, which Heun cannot",
         ),
         (["guidance=autoguidance"], "guidance.guide has no value"),
-        (["guidance=autoguidance", "guidance.guide=nowhere"], "run=nowhere is neither a run folder nor a .ckpt"),
+        (["guidance=autoguidance", "guidance.guide=nowhere"], "guidance.guide=nowhere is neither a run folder nor a .ckpt"),
         (["sampler=ddpm_learned"], "variance=learned needs a network that learns the variance"),
     ],
 )

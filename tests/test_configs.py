@@ -1,5 +1,6 @@
 """Every YAML composes, passes the schema and builds; the experiments say what their papers say."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,34 @@ def test_every_option_passes_the_schema_and_builds(group, option, monkeypatch):
     build(config[group], group)
 
 
+@cache
+def option_alone(group: str, option: str) -> dict:
+    return configuration(f"{group}={option}")[group]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_part_of_an_experiment_can_be_replaced(experiment):
-    for group, option in OPTIONS:
-        if group not in ("experiment", "guidance"):  # guidance is of python -m src.sample
-            check(configuration(f"experiment={experiment}", f"{group}={option}"), "")
+    """Experiments set only keys that every option of the group has, so any option can take another's place."""
+    for name in chain(experiment):
+        settings = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"))
+        for group in settings.keys() & set(GROUPS):
+            for option in (option for g, option in OPTIONS if g == group):
+                known = flat(option_alone(group, option))
+                assert flat(settings[group]).keys() <= known.keys(), (name, group, option)
+
+
+def chain(experiment: str) -> list[str]:
+    """The experiment, and those that it builds on."""
+    defaults = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").get("defaults", [])
+    below = [chain(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    return [experiment, *(name for names in below for name in names)]
+
+
+def flat(node: dict, path: str = "") -> dict:
+    items = ((f"{path}.{key}", value) for key, value in node.items())
+    return {
+        k: v for key, value in items for k, v in (flat(value, key) if isinstance(value, dict) else {key: value}).items()
+    }
 
 
 def test_no_yaml_is_without_a_test():

@@ -31,7 +31,7 @@ class Continuous(Schedule):
         return [Level(*row) for row in rows]
 
 
-class _VarianceExploding(Continuous):
+class VarianceExploding(Continuous):
     """alpha = 1 and the time is sigma, from sigma_min to sigma_max; the network is told ln(sigma) / 4.
 
     Subclasses say how sigma rises. What the network is told is EDM's c_noise (Table 1, Karras et al. 2022).
@@ -69,7 +69,7 @@ class _VarianceExploding(Continuous):
         return Level(-log_snr / 4, 1.0, exp(-log_snr))
 
 
-class Karras(_VarianceExploding):
+class Karras(VarianceExploding):
     """sigma^(1 / rho) evenly from sigma_min to sigma_max (Eq. 5, Karras et al. 2022).
 
     With the spacing linspace a sampler visits the noise levels of EDM.
@@ -98,7 +98,7 @@ class Karras(_VarianceExploding):
         return 2 * self.rho * (high - low) * t ** (-1 / self.rho)
 
 
-class VE(_VarianceExploding):
+class VE(VarianceExploding):
     """sigma rises exponentially: sigma_min (sigma_max / sigma_min)^u (Sec. 3.4, Song et al. 2021, "VE SDE")."""
 
     def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0) -> None:
@@ -158,7 +158,7 @@ class Flow(Continuous):
     def slope(self, t: Tensor) -> Tensor:
         # ln SNR = 2 ln((1 - t) / t), so -d/dt is 2 / (t (1 - t)); and (1 - t) t' / (t (1 - t')) = 1 / shift
         s = self._unshifted(t)
-        return 2 * (1 - self.t_min) / (s * (1 - s))
+        return 2 * (1 - self.t_min) / (s * (1 - s)).clamp_min(2**-24)  # float32 times reach the end itself
 
     def _unshifted(self, t: Tensor) -> Tensor:
         return t / (self.shift - (self.shift - 1) * t)

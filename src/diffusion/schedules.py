@@ -153,7 +153,7 @@ def _check_num_timesteps(num_timesteps: int) -> None:
         raise ValueError(f"num_timesteps={num_timesteps} must be at least 1; Ho et al. use 1000")
 
 
-class _BetaRange(DiscreteSchedule):
+class BetaRange(DiscreteSchedule):
     """betas that rise from beta_start to beta_end; subclasses say how, in `ramp`.
 
     Args:
@@ -187,7 +187,7 @@ class _BetaRange(DiscreteSchedule):
         raise NotImplementedError
 
 
-class Linear(_BetaRange):
+class Linear(BetaRange):
     """betas evenly spaced (Sec. 4, Ho et al. 2020: 1e-4 to 0.02 with T = 1000)."""
 
     @staticmethod
@@ -195,7 +195,7 @@ class Linear(_BetaRange):
         return torch.linspace(start, end, T, dtype=torch.float64)
 
 
-class ScaledLinear(_BetaRange):
+class ScaledLinear(BetaRange):
     """Roots of the betas evenly spaced ("quad" in the code of Ho et al. 2020; Rombach et al. 2022: 8.5e-4 to 0.012)."""
 
     @staticmethod
@@ -203,7 +203,7 @@ class ScaledLinear(_BetaRange):
         return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
-class Quadratic(_BetaRange):
+class Quadratic(BetaRange):
     """betas rise with the square of time: beta_start + (beta_end - beta_start) (t / (T - 1))^2."""
 
     @staticmethod

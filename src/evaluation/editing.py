@@ -236,6 +236,8 @@ def _interpolate(setup: Setup, config: dict[str, Any]) -> Edit:
     shares = torch.linspace(0, 1, n, dtype=torch.float64)
     before = None
     if config["seeds"] is not None:
+        if min(config["seeds"]) < 0 or max(config["seeds"]) >= 2**63:
+            raise UserError(f"seeds={config['seeds']} must lie between 0 and 2^63 - 1")
         a, b = (NoiseStream(seed, range(1), setup.shape, setup.device).first[0] for seed in config["seeds"])
         dtype, scale = state_dtype(setup.sampler, setup.device), schedule.prior_std(_path(setup)[0])
         latents = slerp(a, b, shares).to(dtype) * scale

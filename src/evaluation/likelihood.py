@@ -147,6 +147,7 @@ class Vlb:
             "terms": terms.mean(0).tolist(),
             "times": list(range(terms.shape[1])) if times is None else times,
             "num_times": self.num_times,
+            "num_timesteps": subject.diffusion.schedule.chain_length,
             "variance": variance,
             "clip": self.clip,
         }

@@ -24,7 +24,7 @@ class Oracle(nn.Module):
         num_classes: of an oracle that takes labels; None for one that does not.
 
     Raises:
-        ValueError: when num_images is less than 1, or std is negative.
+        ValueError: when num_images is less than 1, std is negative, or a class has no image.
     """
 
     def __init__(
@@ -48,6 +48,9 @@ class Oracle(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(()))
         images = normalize(data.train.images[:num_images]).double()
         self.labels = data.train.labels[:num_images]
+        missing = set(range(num_classes or 0)) - set(self.labels.tolist())
+        if missing:
+            raise ValueError(f"num_classes={num_classes}: no image has the label {min(missing)}; use more images")
         self._mixture = Mixture(images, std)
         self._devices: dict[torch.device, Mixture] = {}
         self.std = std

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from src.build import build, refusals
 from src.data.loader import normalize
+from src.diffusion.continuous import VarianceExploding
 from src.diffusion.gaussian import GaussianDiffusion
-from src.diffusion.levels import TERMINAL_ALPHA, Level
+from src.diffusion.levels import TERMINAL_ALPHA, Level, Schedule
 from src.diffusion.oracle import Mixture
+from src.diffusion.schedules import BetaRange, DiscreteSchedule
 from src.errors import UserError
 from src.files import replacing
 from src.pictures import to_uint8
@@ -307,8 +309,7 @@ def words(diffusion: GaussianDiffusion, spectrum: Spectrum, curves: Curves, trai
         sentence = (
             f"Terminal SNR too high: the schedule ends at alpha / sigma = {ratio:.3f} and should end below "
             f"{TERMINAL_ALPHA}; sampling will start from the wrong distribution, and even with a perfect network it "
-            f"would miss {percent(miss)} of the images' variance. Raise beta_end, num_timesteps or sigma_max, or set "
-            "zero_terminal_snr=true."
+            f"would miss {percent(min(miss, 1.0))} of the images' variance. {_mend_the_end(diffusion.schedule)}."
         )
         numbers = {"alpha_over_sigma": ratio, "limit": TERMINAL_ALPHA, "log_snr": 2 * math.log(ratio), "missed": miss}
         found.append({"name": "terminal_snr_too_high", "sentence": sentence, "numbers": numbers})
@@ -344,8 +345,8 @@ def words(diffusion: GaussianDiffusion, spectrum: Spectrum, curves: Curves, trai
     if needed > GENTLE * steps:
         sentence = (
             f"Gentle: {steps:,} steps of this size leave {alpha:.2f} of the image, and about {needed:,} would be "
-            f"needed to leave {TERMINAL_ALPHA}; training and sampling will take long. Raise beta_end rather than "
-            "num_timesteps."
+            f"needed to leave {TERMINAL_ALPHA}; training and sampling will take long. Raise beta_end, or take a "
+            "schedule that destroys sooner, such as cosine."
         )
         numbers = {"steps": steps, "steps_needed": needed, "limit": GENTLE, "alpha": alpha}
         found.append({"name": "gentle", "sentence": sentence, "numbers": numbers})
@@ -366,6 +367,14 @@ def words(diffusion: GaussianDiffusion, spectrum: Spectrum, curves: Curves, trai
     )
     numbers = {"alpha_over_sigma": ratio, "missed": miss, "wasted": wasted, "intact": intact, "steps": steps}
     return [{"name": "nothing_wrong", "sentence": sentence, "numbers": numbers}]
+
+
+def _mend_the_end(schedule: Schedule) -> str:
+    """What to do about a schedule that leaves too much of the image at its end."""
+    if isinstance(schedule, DiscreteSchedule):
+        first = "Raise beta_end or num_timesteps, or set" if isinstance(schedule, BetaRange) else "Set"
+        return f"{first} zero_terminal_snr=true (with objective=v), or take schedule=cosine"
+    return "Raise sigma_max" if isinstance(schedule, VarianceExploding) else "Take schedule=cosine or flow"
 
 
 def dissolve(images: Tensor, noise: Tensor, curves: Curves) -> Tensor:

@@ -95,7 +95,8 @@ def set_up(config: dict[str, Any], num_samples: int) -> Setup:
         can = getattr(net, "num_classes", None) is not None
         reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
         raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
-    guide = _guide(guidance, run, config["weights"], device)
+    num_classes = None if labels is None else net.num_classes
+    guide = _guide(guidance, run, config["weights"], device, num_classes)
     precision = _precision(config["precision"], device)
     return Setup(
         run, device, diffusion, net, sampler, steps, image_shape(run.config), labels, guidance, guide, precision
@@ -112,7 +113,7 @@ def draw(config: dict[str, Any], out: Path) -> None:
     """
     asked = config["labels"]
     if config["num_samples"] is None:
-        config = {**config, "num_samples": len(asked) if isinstance(asked, list) else DEFAULT_SAMPLES}
+        config = {**config, "num_samples": len(asked) if isinstance(asked, list) and asked else DEFAULT_SAMPLES}
     n = config["num_samples"]
     setup = set_up(config, n)
     shape, schedule = setup.shape, setup.diffusion.schedule
@@ -151,17 +152,23 @@ def draw(config: dict[str, Any], out: Path) -> None:
 
 
 def _guide(
-    guidance: Guidance, run: Run, weights: str, device: torch.device
+    guidance: Guidance, run: Run, weights: str, device: torch.device, num_classes: Any
 ) -> tuple[GaussianDiffusion, nn.Module] | None:
-    """Diffusion and network of the weaker model, of autoguidance."""
+    """Diffusion and network of the weaker model, of autoguidance; num_classes is that of the labels, if there are."""
     if not isinstance(guidance, Autoguidance):
         return None
-    guide = Run(guidance.guide)
+    try:
+        guide = Run(guidance.guide)
+    except UserError as error:
+        raise UserError(str(error).replace("run=", "guidance.guide=")) from error
     if guide.config["schedule"] != run.config["schedule"]:
         raise UserError(f"guidance.guide={guidance.guide} has another schedule than the run; use one with the same")
     if image_shape(guide.config) != image_shape(run.config):
         raise UserError(f"guidance.guide={guidance.guide} makes images of another shape than the run")
-    return build_diffusion(guide.config), guide.load_net(weights).to(device)
+    net = guide.load_net(weights)
+    if num_classes is not None and getattr(net, "num_classes", None) != num_classes:
+        raise UserError(f"guidance.guide={guidance.guide} has other labels than the run; use one with as many classes")
+    return build_diffusion(guide.config), net.to(device)
 
 
 def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> Tensor | None:

@@ -95,6 +95,11 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             sampler.check(net)
     data = build(config["data"], "data")
     data.setup()
+    if module.num_classes is not None and module.num_classes < data.num_classes:
+        raise UserError(
+            f"model.num_classes={module.num_classes} is less than data.num_classes={data.num_classes}, and every label "
+            "needs its place; set model.num_classes='${data.num_classes}'"
+        )
     devices = settings.num_devices * settings.num_nodes
     if data.batch_size * devices > len(data.train):
         raise UserError(

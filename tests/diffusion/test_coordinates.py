@@ -79,6 +79,14 @@ class Rescaled(Schedule):
         factor = self.scale(alpha, sigma)
         return alpha * factor, sigma * factor
 
+    def time(self, u):
+        return self.base.time(u)
+
+    def level(self, t):
+        alpha, sigma = self.base.level(t)
+        factor = self.scale(alpha, sigma)
+        return alpha * factor, sigma * factor
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

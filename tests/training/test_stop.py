@@ -98,7 +98,7 @@ def test_divergence_is_said_and_is_no_success(command, tmp_path):
 
 def test_a_schedule_that_ends_with_signal_is_said(command, tmp_path):
     arguments = ["experiment=smoke", "schedule.num_timesteps=50", "trainer.max_steps=1"]
-    assert "ends with alpha = 0." in command("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}").out
+    assert "ends with alpha / sigma = " in command("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}").out
     assert "ends with alpha" not in command("train", "experiment=smoke", f"hydra.run.dir={tmp_path / 'b'}").out
 
 
