@@ -107,7 +107,10 @@ def test_sample_i_with_its_label_does_not_depend_on_the_batch(draw):
             "CFGPP keeps the noise of another model, which Heun cannot",
         ),
         (["guidance=autoguidance"], "guidance.guide has no value"),
-        (["guidance=autoguidance", "guidance.guide=nowhere"], "guidance.guide=nowhere is neither a run folder nor a .ckpt"),
+        (
+            ["guidance=autoguidance", "guidance.guide=nowhere"],
+            "guidance.guide=nowhere is neither a run folder nor a .ckpt",
+        ),
         (["sampler=ddpm_learned"], "variance=learned needs a network that learns the variance"),
     ],
 )
