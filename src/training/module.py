@@ -139,7 +139,7 @@ class DiffusionModule(LightningModule):
         checkpoint["density"] = self.diffusion.density.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.diffusion.density.load_state_dict(checkpoint["density"])
+        self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.make_optimizer(p for p in self.parameters() if p.requires_grad)
