@@ -29,6 +29,16 @@ from src.build import check, check_arguments, unknown_key
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def _options(*groups: str) -> str:
+    """The named groups with their options, a line each, for --help; of "-name", all groups but that."""
+    names = [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and f"-{path.name}" not in groups]
+    chosen = [name for name in names if name in groups] or names
+    return "\n".join(f"{name}: {', '.join(sorted(p.stem for p in (CONF / name).glob('*.yaml')))}" for name in chosen)
+
+
+OmegaConf.register_new_resolver("options", _options, replace=True)
 Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
 
