@@ -113,6 +113,12 @@ def locate(target: str, path: str) -> Any:
         raise UserError(f"{path}._target_={target!r} cannot be imported: {error}") from error
 
 
+def check_seed(path: str, seed: int) -> None:
+    """Refuses a seed that no random generator takes."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{path}={seed} must lie between 0 and 2^63 - 1")
+
+
 def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else str(key)
 

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from src.build import check, check_arguments, unknown_key
+from src.build import check, check_arguments, check_seed, unknown_key
 from src.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -100,8 +100,7 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
                 plain[key] = str(plain[key])
         check_arguments(schema, plain, "")
         check(plain, "")
-        if not 0 <= plain["seed"] < 2**63:
-            raise UserError(f"seed={plain['seed']} must lie between 0 and 2^63 - 1")
+        check_seed("seed", plain["seed"])
         _check_writable(run_dir)
         return task(plain, run_dir)
     except UserError as error:

@@ -265,6 +265,7 @@ REFUSED = [
     (["verb=interpolate", "seeds=[0,1]", "images=[{a},{b}]"], "or seeds=[0,1]; given: images, seeds"),
     (["verb=interpolate", "seeds=[0,1,2]"], "seeds=[0, 1, 2] must be two, to interpolate between"),
     (["verb=interpolate", "seeds=[0,1]", "num_frames=1"], "num_frames=1 must be at least 2"),
+    (["verb=interpolate", "seeds=[0,-1]"], "seeds=-1 must lie between 0 and 2^63 - 1"),
     (["verb=interpolate", "seeds=[0,1]", "sampler=ddpm"], "this DDPM adds noise; choose sampler=ddim sampler.eta=0"),
     (["verb=interpolate", "images=[{a},{wide}]"], "are 8x8 and 8x12, height x width: give one size"),
     (["verb=interpolate", "images=[{a},{b}]", "sampler=dpmpp_2m"], "which DPMSolverPP does not"),

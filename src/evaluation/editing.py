@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.build import refusals
+from src.build import check_seed, refusals
 from src.data.loader import normalize
 from src.diffusion.editing import adds_noise, inpaint, invert, no_noise, noised, slerp
 from src.diffusion.guidance import as_guess
@@ -157,6 +157,8 @@ def _check_inputs(config: dict[str, Any]) -> None:
     if verb == "interpolate":
         if len(config[given[0]]) != 2:
             raise UserError(f"{given[0]}={config[given[0]]} must be two, to interpolate between")
+        for seed in config["seeds"] or []:
+            check_seed("seeds", seed)
         if config["num_frames"] < 2:
             raise UserError(f"num_frames={config['num_frames']} must be at least 2: both ends are frames")
 
@@ -236,8 +238,6 @@ def _interpolate(setup: Setup, config: dict[str, Any]) -> Edit:
     shares = torch.linspace(0, 1, n, dtype=torch.float64)
     before = None
     if config["seeds"] is not None:
-        if min(config["seeds"]) < 0 or max(config["seeds"]) >= 2**63:
-            raise UserError(f"seeds={config['seeds']} must lie between 0 and 2^63 - 1")
         a, b = (NoiseStream(seed, range(1), setup.shape, setup.device).first[0] for seed in config["seeds"])
         dtype, scale = state_dtype(setup.sampler, setup.device), schedule.prior_std(_path(setup)[0])
         latents = slerp(a, b, shares).to(dtype) * scale
