@@ -155,6 +155,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is str:
         return isinstance(value, str)
+    if isinstance(hint, type) and issubclass(hint, str):  # a text of a form that its constructor knows
+        try:
+            return bool(hint(value))
+        except ValueError:
+            return False
     if origin is tuple and Ellipsis not in get_args(hint):
         options = get_args(hint)
         return isinstance(value, list | tuple) and len(value) == len(options) and all(map(_fits, value, options))
@@ -177,7 +182,7 @@ def _describe(hint: Any) -> str:
         return f"a list, each {_describe(get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a group"}
     names[type(None)] = "null"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    return names.get(hint, getattr(hint, "described", getattr(hint, "__name__", str(hint))))
 
 
 def _show(value: Any) -> str:

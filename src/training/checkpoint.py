@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from src.files import replacing
 from src.runs import BEST, LAST
 from src.training.stop import Stop, Stopped
+from src.training.units import Steps
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -49,8 +50,8 @@ class Checkpoint(Callback):
         run_dir: Path,
         config: dict[str, Any],
         stop: Stop,
-        every_n_steps: int = 1000,
-        keep_every_n_steps: int | None = None,
+        every_n_steps: Steps = 1000,
+        keep_every_n_steps: Steps | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")

@@ -27,6 +27,7 @@ from src.training.progress import Progress
 from src.training.stop import Stop
 from src.training.summary import summarize, write
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
+from src.training.units import in_steps
 
 # What may change when a run is continued; everything else is the experiment.
 FREE_ON_RESUME = (
@@ -55,6 +56,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     if config["run"] is not None:
         run = Run(config["run"])
         run_dir, config, resume = run.folder, _continued(config, run), _resume_point(run)
+    written, config = config, _counted_in_steps(config)
     settings: TrainerSettings = build(config["trainer"], "trainer")
     if sweep is not None:
         refuse_ddp_sweep(settings)
@@ -74,7 +76,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     with refusals("model"):
         diffusion.check(net)
     stop = Stop()
-    callbacks = _build_callbacks(config, run_dir, stop)
+    callbacks = _build_callbacks({**written, "callbacks": config["callbacks"]}, run_dir, stop)
     module = DiffusionModule(
         settings.prepare(net),
         diffusion,
@@ -112,12 +114,12 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     last = callbacks.pop("checkpoint")
     trainer = settings.make(run_dir, [*own, *callbacks.values(), last])
 
-    _claim(run_dir, config, continued=run is not None)
+    _claim(run_dir, written, continued=run is not None)
     exit_code = 1
     try:
-        trainer.loggers = _loggers(config, run_dir, sweep, resume["global_step"] if resume else 0)
+        trainer.loggers = _loggers(written, run_dir, sweep, resume["global_step"] if resume else 0)
         for logger in trainer.loggers:
-            log_config(logger, config)
+            log_config(logger, written)
         parameters = sum(p.numel() for p in net.parameters())
         _say(f"{config['name']}: {parameters:,} parameters, {_device(trainer)}, in {shown(run_dir)}")
         _warn_of_terminal_signal(diffusion)
@@ -141,6 +143,13 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     finally:
         finish_wandb(exit_code)
     return summary["metrics"]["val/loss_ema"]
+
+
+def _counted_in_steps(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the intervals that it counts in images as steps."""
+    images_per_step = config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"]
+    parts = ("trainer", "lr_schedule", "callbacks")
+    return {**config, **{part: in_steps(config[part], max(1, images_per_step)) for part in parts}}
 
 
 def _build_callbacks(config: dict[str, Any], run_dir: Path, stop: Stop) -> dict[str, Any]:

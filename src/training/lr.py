@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 
+from src.training.units import Steps
+
 
 @dataclass(frozen=True)
 class Constant:
     """Linear warm-up over `warmup_steps`, then 1 (Ho et al. 2020 warm up for 5000 steps)."""
 
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

@@ -14,6 +14,7 @@ from src.pictures import enlarge, grid, save_png, to_uint8
 from src.runs import cycled_labels
 from src.training.loggers import log_image
 from src.training.metrics import TrainMetrics
+from src.training.units import Steps
 
 
 class SampleGrid(Callback):
@@ -36,7 +37,7 @@ class SampleGrid(Callback):
         run_dir: Path,
         image_shape: tuple[int, int, int],
         sampler: Sampler,
-        every_n_steps: int = 1000,
+        every_n_steps: Steps = 1000,
         num_samples: int = 64,
         batch_size: int = 64,
     ) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from src.errors import UserError
 from src.training.checkpoint import AtomicCheckpointIO
+from src.training.units import Steps
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -30,11 +31,11 @@ class TrainerSettings:
     num_nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Precision = "auto"
-    max_steps: int = 10000
+    max_steps: Steps = 10000
     accumulate_grad_batches: int = 1
     gradient_clip_norm: float | None = 1.0
-    val_every_n_steps: int = 1000
-    log_every_n_steps: int = 50
+    val_every_n_steps: Steps = 1000
+    log_every_n_steps: Steps = 50
     compile: bool = False
     channels_last: bool = False
     deterministic: bool = False
