@@ -36,6 +36,8 @@ FREE_ON_RESUME = (
     *("trainer.deterministic", "callbacks.checkpoint", "callbacks.samples", "logger", "sampler", "data.dir"),
 )
 
+SPLIT = ("data.batch_size", "trainer.accumulate_grad_batches")  # may change when their product stays
+
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
     """Trains in `run_dir`, or continues the run that config["run"] names in its own folder.
@@ -103,10 +105,10 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             "needs its place; set model.num_classes='${data.num_classes}'"
         )
     devices = settings.num_devices * settings.num_nodes
-    if data.batch_size * devices > len(data.train):
+    if data.batch_size % devices:
         raise UserError(
-            f"{devices} devices of data.batch_size={data.batch_size} take more than the {len(data.train)} training "
-            "images a step; choose a smaller batch"
+            f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
+            f"cannot share them evenly; choose a multiple of {devices}"
         )
     metrics = TrainMetrics(settings.log_every_n_steps)
     # After a step: average first; then measure, stop, and whatever else conf/callbacks names; save last.
@@ -147,9 +149,12 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
 
 def _counted_in_steps(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the intervals that it counts in images as steps."""
-    images_per_step = config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"]
     parts = ("trainer", "lr_schedule", "callbacks")
-    return {**config, **{part: in_steps(config[part], max(1, images_per_step)) for part in parts}}
+    return {**config, **{part: in_steps(config[part], max(1, _images_per_step(config))) for part in parts}}
+
+
+def _images_per_step(config: dict[str, Any]) -> int:
+    return config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"]
 
 
 def _build_callbacks(config: dict[str, Any], run_dir: Path, stop: Stop) -> dict[str, Any]:
@@ -227,7 +232,8 @@ def _continued(config: dict[str, Any], run: Run) -> dict[str, Any]:
         root = key.partition(".")[0]
         if old == new or root in ("run", "overrides", "choices") or not any(_below(key, t) for t in touched):
             continue  # a default that has changed since is not the run's
-        if not any(_below(key, free) for free in FREE_ON_RESUME):
+        same_step = key in SPLIT and _images_per_step(config) == _images_per_step(saved)
+        if not same_step and not any(_below(key, free) for free in FREE_ON_RESUME):
             raise UserError(
                 f"{key}={new} is not what this run was started with ({key}={old}); a continued run keeps its experiment"
                 f", start a new one to change it"
