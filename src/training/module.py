@@ -13,6 +13,7 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
 from src.training.ema import EMA
+from src.training.guard import Guard
 from src.training.lr import Constant
 
 GOLDEN_RATIO = 0.6180339887498949
@@ -29,6 +30,7 @@ class DiffusionModule(LightningModule):
         lr_schedule: factor on the learning rate at (step, max_steps).
         gradient_clip_norm: largest norm of the whole gradient; None for no clipping.
         ema: the average to validate beside the raw weights.
+        guard: says which steps to leave out.
         label_dropout: probability that an image trains without its label, which is what classifier-free guidance needs;
             of no account for a network without labels.
         seed: all randomness of a step follows from (seed, step, row of its batch).
@@ -44,6 +46,7 @@ class DiffusionModule(LightningModule):
         lr_schedule: Constant,
         gradient_clip_norm: float | None,
         ema: EMA,
+        guard: Guard,
         seed: int,
         label_dropout: float = 0.1,
         offset_noise: float = 0.0,
@@ -56,6 +59,7 @@ class DiffusionModule(LightningModule):
         self.lr_schedule = lr_schedule
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
+        self.guard = guard
         self.seed = seed
         self.label_dropout = label_dropout
         self.offset_noise = offset_noise
@@ -97,7 +101,7 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         part = batch_idx % self.accumulated
-        losses, u = self.losses(batch, part)
+        losses, u = self.losses(batch, part, self.global_step)
         loss = self.diffusion.density.correct(losses, u).mean()
         self.seen = (self.seen if part else []) + [torch.stack([loss.detach().expand_as(u), losses.detach(), u])]
         if part == self.accumulated - 1 and self.diffusion.density.learns:
@@ -105,20 +109,20 @@ class DiffusionModule(LightningModule):
             self.diffusion.density.learn(*seen.movedim(-2, 0)[1:].movedim(1, -2).flatten(1))
         return loss
 
-    def losses(self, batch: Batch, part: int) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, part: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the u that it was asked at, (B,) both.
 
         What is random is a function of (seed, step, row of the step's batch), whatever processes and parts share it.
 
         Args:
             part: which of the step's accumulated batches this is.
+            step: the step, counted from 0.
         """
         x0 = batch.x0
         parts = self.trainer.world_size * self.accumulated
         total = len(x0) * parts
         first = len(x0) * (part * self.trainer.world_size + self.global_rank)
         rows = range(first, first + len(x0))
-        step = self.global_step
         seed_device(x0.device, mix(self.seed, 1) + step)
         u = self.diffusion.draw_u(total, x0.device)[first : rows.stop]
         label_u = torch.rand(total, device=x0.device)[first : rows.stop]
@@ -187,6 +191,13 @@ class DiffusionModule(LightningModule):
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
+        loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
+        bad = self.guard.inspect(self.trainer.strategy.reduce(loss, reduce_op="mean"), self.grad_norm)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        elif bad:
+            for parameter in parameters:
+                parameter.grad = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         factor = self.lr_schedule(self.global_step, self.trainer.max_steps)
