@@ -21,7 +21,8 @@ from src.files import replacing, shown
 from src.overrides import as_override
 from src.runs import BEST, CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.training.loggers import finish_wandb, log_config, log_summary
-from src.training.metrics import MetricsCSV, TrainMetrics
+from src.training.metrics import TrainMetrics
+from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.stop import Stop
@@ -117,7 +118,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     _claim(run_dir, written, continued=run is not None)
     exit_code = 1
     try:
-        trainer.loggers = _loggers(written, run_dir, sweep, resume["global_step"] if resume else 0)
+        trainer.loggers = _loggers(written, run_dir, sweep, resume)
         for logger in trainer.loggers:
             log_config(logger, written)
         parameters = sum(p.numel() for p in net.parameters())
@@ -203,12 +204,17 @@ def _warn_of_terminal_signal(diffusion: GaussianDiffusion) -> None:
         )
 
 
-def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None, from_step: int) -> list[Logger]:
+def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None, resume: dict[str, Any] | None) -> list[Logger]:
     """metrics.csv and the tracker that was asked for; only the first of several processes writes."""
     if getattr(rank_zero_only, "rank", 0):
         return []
     tracker = build(config["logger"], "logger", run_dir=run_dir, config=config, group=sweep)
-    return [MetricsCSV(run_dir / "metrics.csv", from_step), *([] if tracker is None else [tracker])]
+    checkpoint = resume or {"global_step": 0, "callbacks": {}}
+    table = checkpoint["callbacks"].get("TrainMetrics", {}).get("table")  # checkpoints had none once
+    return [
+        MetricsCSV(run_dir / "metrics.csv", checkpoint["global_step"], table),
+        *([] if tracker is None else [tracker]),
+    ]
 
 
 def _continued(config: dict[str, Any], run: Run) -> dict[str, Any]:

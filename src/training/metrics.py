@@ -1,108 +1,43 @@
-"""What training logs: loss, gradient norm, learning rate and speed, each the mean of the steps since the last row."""
+"""What training logs: losses are means over the steps since the last row and over the devices."""
 
-import csv
-import io
 import math
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from src.data.loader import Batch
 from src.errors import UserError
-from src.files import replacing
-
-
-class MetricsCSV(Logger):
-    """metrics.csv: one row a step, one column a metric, on disk as soon as it is logged.
-
-    Metrics logged twice for one step share its row. Values are written with all their digits.
-
-    Args:
-        path: of the file; one that exists is continued.
-        from_step: rows of later steps are dropped: they belong to a continuation that this one replaces.
-    """
-
-    def __init__(self, path: Path, from_step: int = 0) -> None:
-        super().__init__()
-        self.path = path
-        self.columns = ["step"]
-        self.rows: dict[int, dict[str, str]] = {}
-        self._last_start = 0  # where the last step's line begins, to be rewritten when more of it comes
-        if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    step = row.pop("step", "") or ""
-                    if step.isdigit() and int(step) <= from_step and None not in row:  # a torn line is no row
-                        self.rows[int(step)] = {k: v for k, v in row.items() if v}
-            for row in self.rows.values():
-                self.columns += [k for k in row if k not in self.columns]
-            self._rewrite()
-        self._last = max(self.rows, default=-1)
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        assert step is not None
-        new = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
-        row = self.rows.setdefault(step, {})
-        row.update(new)
-        unknown = [k for k in new if k not in self.columns]
-        if unknown or step < self._last or not self.path.exists():
-            self.columns += unknown
-            self._last = max(self._last, step)
-            self._rewrite()
-            return
-        with self.path.open("r+b") as file:
-            if step > self._last:
-                self._last, self._last_start = step, file.seek(0, os.SEEK_END)
-            file.seek(self._last_start)
-            file.write(self._line(step).encode())
-            file.truncate()
-
-    def _line(self, step: int) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([step, *(self.rows[step].get(k, "") for k in self.columns[1:])])
-        return text.getvalue()
-
-    def _rewrite(self) -> None:
-        lines = [",".join(self.columns) + "\n", *(self._line(step) for step in sorted(self.rows))]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines))
-        self._last_start = sum(len(line.encode()) for line in lines[:-1])
+from src.training.metrics_csv import MetricsCSV
 
 
 class TrainMetrics(Callback):
     """Logs to every logger, every so many steps, and not through Lightning, whose `self.log` costs 0.3 ms a step.
 
+    A last step that is no multiple of the interval gets a row too; the next regular row is then what it would have
+    been without. A checkpoint keeps the sums of every device and all of metrics.csv, so that a run that was stopped
+    logs what one logs that was not.
+
+    Args:
+        every_n_steps: optimiser steps between two rows.
+
     Attributes:
         images_seen: by all devices since the run began.
-        images_per_second: of all devices, in the steps since the last log, validation and sampling left out.
+        images_per_second: of all devices, in the steps since the last row; validation, sampling and saving left out.
+        last_loss: of the last row.
     """
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.images_seen = 0
         self.images_per_second = 0.0
-        self.loss: Tensor | None = None  # mean since the last log
-        self.last_loss = float("nan")  # the last that was logged
-        self._steps = 0
-        self._images = 0
+        self.last_loss = float("nan")
+        self._loss_sum: Tensor | None = None  # of this device's batches since the last regular row
+        self._batches = 0
+        self._images = 0  # by all devices while the clock of `images_per_second` ran
         self._seconds = 0.0
         self._total_seconds = 0.0
         self._total_images = 0
@@ -132,15 +67,18 @@ class TrainMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach()
-        self.loss = loss if self.loss is None else self.loss + loss
-        self._steps += 1
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        self._batches += 1
         self._images += len(batch.x0) * trainer.world_size
+        self.images_seen += len(batch.x0) * trainer.world_size
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps and self._step < trainer.max_steps:
-            return
-        self._log(trainer, pl_module)
+        regular = self._step % self.every_n_steps == 0
+        if regular or self._step >= trainer.max_steps:
+            self._log(trainer, pl_module)
+        if regular:
+            self._loss_sum, self._batches = None, 0
 
     @staticmethod
     def pause_all(trainer: Trainer) -> None:
@@ -157,16 +95,16 @@ class TrainMetrics(Callback):
             self._started = 0.0
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.loss is not None
         self.pause_all(trainer)
-        self.images_seen += self._images
+        self.images_per_second = self._images / max(self._seconds, 1e-9)
         self._total_images += self._images
         self._total_seconds += self._seconds
-        self.images_per_second = self._images / max(self._seconds, 1e-9)
-        loss = float(self.loss) / self._steps
+        self._images, self._seconds = 0, 0.0
+        sums = trainer.strategy.reduce(self._sums(), reduce_op="sum")
+        loss = float(sums[0]) / (self._batches * trainer.world_size)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} in the {self._steps} batches before step {trainer.global_step}: training has "
+                f"the loss is {loss} in the {self._batches} batches before step {trainer.global_step}: training has "
                 "diverged; lower optimizer.lr, or set trainer.gradient_clip_norm"
             )
         self.last_loss = loss
@@ -177,23 +115,45 @@ class TrainMetrics(Callback):
             "images": self.images_seen,
             "images_per_second": self.images_per_second,
         }
-        self.loss, self._steps, self._images, self._seconds = None, 0, 0, 0.0
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _sums(self) -> Tensor:
+        """What this device has summed up since the last regular row, (1,)."""
+        assert self._loss_sum is not None
+        return self._loss_sum.float().reshape(1).clone()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause_all(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "images_seen": self.images_seen + self._images,
-            "total_images": self._total_images,
-            "total_seconds": self._total_seconds,
-            "wall_seconds": self.wall_seconds,
-        }
+    # On every process, for the sums of all of them; `state_dict` would not know the trainer.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.images_seen = state_dict["images_seen"]
-        self._total_images = state_dict["total_images"]
-        self._total_seconds = state_dict["total_seconds"]
-        self._wall_before = state_dict["wall_seconds"]
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.pause_all(trainer)
+        state: dict[str, Any] = {
+            "images_seen": self.images_seen,
+            "total_images": self._total_images + self._images,
+            "total_seconds": self._total_seconds + self._seconds,
+            "wall_seconds": self.wall_seconds,
+            "batches": self._batches,
+        }
+        if self._batches:
+            sums = self._sums()
+            state["sums"] = trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()  # (devices, 1)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                state["table"] = logger.table()
+        checkpoint["callbacks"][self.state_key] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        self.images_seen = state.get("images_seen", 0)
+        self._total_images = state.get("total_images", 0)
+        self._total_seconds = state.get("total_seconds", 0.0)
+        self._wall_before = state.get("wall_seconds", 0.0)
+        if state.get("batches"):
+            sums: Tensor = state["sums"]
+            same_devices = len(sums) == trainer.world_size
+            mine = sums[trainer.global_rank] if same_devices else sums.double().mean(0).float()
+            self._loss_sum = mine[0].to(trainer.strategy.root_device)
+            self._batches = state["batches"]
