@@ -109,7 +109,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             f"{devices} devices of data.batch_size={data.batch_size} take more than the {len(data.train)} training "
             "images a step; choose a smaller batch"
         )
-    metrics = TrainMetrics(settings.log_every_n_steps)
+    metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config))
     # After a step: average first; then measure, stop, and whatever else conf/callbacks names; save last.
     own = [callbacks.pop("ema"), metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")
@@ -142,7 +142,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         _report(run_dir, summary)
         exit_code = 0
     finally:
-        finish_wandb(exit_code)
+        finish_wandb(trainer.loggers, exit_code)
     return summary["metrics"]["val/loss_ema"]
 
 

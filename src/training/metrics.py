@@ -11,7 +11,37 @@ from torch import Tensor
 
 from src.data.loader import Batch
 from src.errors import UserError
+from src.training.hardware import memory_bytes, peak_flops
+from src.training.loggers import log_histogram
 from src.training.metrics_csv import MetricsCSV
+from src.training.summary import flops_per_image
+
+BINS = 20
+TOLD = {  # by which attribute of which callback
+    "system/checkpoint_seconds": ("Checkpoint", "last_seconds"),
+    "system/checkpoint_bytes": ("Checkpoint", "last_bytes"),
+    "train/skipped": ("Guard", "skipped"),
+}
+
+
+class LossByLevel:
+    """Mean loss in 20 equal bins of u, the place on the schedule: a sum on the device, without a synchronisation.
+
+    Attributes:
+        sums: (2, BINS): the losses and how many they are; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, u: Tensor, losses: Tensor) -> None:
+        """Adds the losses, (B,), of images at u, (B,) in [0, 1)."""
+        losses = losses.detach().float()
+        if self.sums is None:
+            self.sums = torch.zeros(2, BINS, device=losses.device)
+        bins = (u * BINS).long().clamp_(max=BINS - 1)
+        self.sums[0].index_add_(0, bins, losses)
+        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
 
 
 class TrainMetrics(Callback):
@@ -21,8 +51,14 @@ class TrainMetrics(Callback):
     been without. A checkpoint keeps the sums of every device and all of metrics.csv, so that a run that was stopped
     logs what one logs that was not.
 
+    Columns under `system/`: `memory_bytes`, see `hardware.memory_bytes`; `peak_share`, the operations of forward and
+    backward passes (three forward passes' worth) a second over what the devices' matrix multiplications reach, measured
+    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint. Trackers also get the loss by
+    noise level.
+
     Args:
         every_n_steps: optimiser steps between two rows.
+        image_shape: (C, H, W).
 
     Attributes:
         images_seen: by all devices since the run began.
@@ -30,8 +66,9 @@ class TrainMetrics(Callback):
         last_loss: of the last row.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int]) -> None:
         self.every_n_steps = every_n_steps
+        self.image_shape = image_shape
         self.images_seen = 0
         self.images_per_second = 0.0
         self.last_loss = float("nan")
@@ -45,6 +82,7 @@ class TrainMetrics(Callback):
         self._wall_start = time.perf_counter()
         self._wall_before = 0.0
         self._step = 0
+        self._peak_images_per_second = float("nan")  # of all devices, if they did nothing but multiply matrices
 
     @property
     def mean_images_per_second(self) -> float:
@@ -58,6 +96,11 @@ class TrainMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        net: Any = pl_module.net
+        device = trainer.strategy.root_device
+        flops = 3 * flops_per_image(net, self.image_shape, device)  # on every process: the weights may be shared out
+        peak = peak_flops(device, str(trainer.precision)) * trainer.world_size
+        self._peak_images_per_second = peak / flops if flops else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if not self._started:
@@ -79,6 +122,7 @@ class TrainMetrics(Callback):
             self._log(trainer, pl_module)
         if regular:
             self._loss_sum, self._batches = None, 0
+            self._levels(pl_module).sums = None
 
     @staticmethod
     def pause_all(trainer: Trainer) -> None:
@@ -100,7 +144,7 @@ class TrainMetrics(Callback):
         self._total_images += self._images
         self._total_seconds += self._seconds
         self._images, self._seconds = 0, 0.0
-        sums = trainer.strategy.reduce(self._sums(), reduce_op="sum")
+        sums = trainer.strategy.reduce(self._sums(pl_module), reduce_op="sum")
         loss = float(sums[0]) / (self._batches * trainer.world_size)
         if not math.isfinite(loss):
             raise UserError(
@@ -114,14 +158,38 @@ class TrainMetrics(Callback):
             "train/lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
             "images": self.images_seen,
             "images_per_second": self.images_per_second,
+            "system/memory_bytes": memory_bytes(trainer.strategy.root_device),
+            "system/peak_share": self.images_per_second / self._peak_images_per_second,
+            **self._from_callbacks(trainer),
         }
+        losses, counts = sums[1:].reshape(2, BINS).cpu()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+            if counts.any():
+                log_histogram(logger, "train/loss_by_level", losses / counts.clamp(min=1), trainer.global_step)
 
-    def _sums(self) -> Tensor:
-        """What this device has summed up since the last regular row, (1,)."""
+    @staticmethod
+    def _from_callbacks(trainer: Trainer) -> dict[str, float]:
+        """What other callbacks have to tell."""
+        values = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for column, (owner, attribute) in TOLD.items():
+                if type(callback).__name__ == owner and getattr(callback, attribute, None) is not None:
+                    values[column] = float(getattr(callback, attribute))
+        return values
+
+    @staticmethod
+    def _levels(module: LightningModule) -> LossByLevel:
+        levels = getattr(module, "loss_by_level", None)
+        return levels if isinstance(levels, LossByLevel) else LossByLevel()
+
+    def _sums(self, module: LightningModule) -> Tensor:
+        """What this device has summed up since the last regular row: the loss, and by level, (1 + 2 BINS,)."""
         assert self._loss_sum is not None
-        return self._loss_sum.float().reshape(1).clone()
+        levels = self._levels(module).sums
+        if levels is None:
+            levels = torch.zeros(2, BINS, device=self._loss_sum.device)
+        return torch.cat([self._loss_sum.float().reshape(1), levels.flatten()])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause_all(trainer)
@@ -138,8 +206,10 @@ class TrainMetrics(Callback):
             "batches": self._batches,
         }
         if self._batches:
-            sums = self._sums()
-            state["sums"] = trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()  # (devices, 1)
+            sums = self._sums(pl_module)
+            state["sums"] = (
+                trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
+            )  # (devices, 1 + 2 BINS)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 state["table"] = logger.table()
@@ -155,5 +225,7 @@ class TrainMetrics(Callback):
             sums: Tensor = state["sums"]
             same_devices = len(sums) == trainer.world_size
             mine = sums[trainer.global_rank] if same_devices else sums.double().mean(0).float()
-            self._loss_sum = mine[0].to(trainer.strategy.root_device)
+            mine = mine.to(trainer.strategy.root_device)
+            self._loss_sum = mine[0].clone()
+            self._levels(pl_module).sums = mine[1:].reshape(2, BINS).clone()
             self._batches = state["batches"]
