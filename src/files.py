@@ -23,6 +23,20 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_SAID: set[Path] = set()
+
+
+@contextmanager
+def tolerated(path: Path) -> Iterator[None]:
+    """Lets training go on when a file cannot be written that it does not need, and says so once for each path."""
+    try:
+        yield
+    except OSError as error:
+        if path not in _SAID:
+            _SAID.add(path)
+            print(f"{shown(path)} could not be written ({error}); training goes on", flush=True)
+
+
 def shown(path: Path) -> Path:
     """The path as a reader wants it: relative when it lies below the working directory."""
     absolute = path.resolve()

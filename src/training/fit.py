@@ -28,7 +28,8 @@ from src.runs import CONFIG, LAST, Run, build_diffusion, build_net, check_archit
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
-from src.training.metrics import MetricsCSV, TrainMetrics
+from src.training.metrics import TrainMetrics
+from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
@@ -71,18 +72,17 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     if run is not None and resume is not None:
         check_architecture(training.net, net_state(resume["state_dict"]), run.checkpoint)
     with _claimed(run_dir, written, continued=run is not None):
-        exit_code = 1
+        exit_code, loggers = 1, _loggers(written, run_dir, sweep)
         try:
-            loggers = _loggers(written, run_dir, sweep)
             for logger in loggers:
                 log_config(logger, written)
             parameters = sum(p.numel() for p in training.net.parameters())
             say(f"{config['name']}: {parameters:,} parameters, {_device(training.trainer)}, in {shown(run_dir)}")
             _warn_of_terminal_signal(training.diffusion)
             while True:
-                step = resume["global_step"] if resume else 0
                 if training.trainer.global_rank == 0:
-                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", step), *loggers]
+                    table = resume["callbacks"]["TrainMetrics"]["table"] if resume else None
+                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table=table), *loggers]
                 try:
                     checkpoint = run.checkpoint if run and resume else None
                     training.trainer.fit(training.module, data, ckpt_path=checkpoint, weights_only=True)
@@ -93,7 +93,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             summary = _finish(training, config, run_dir)
             exit_code = 0
         finally:
-            finish_wandb(exit_code)
+            finish_wandb(loggers, exit_code)
     return summary["metrics"]["val/loss_ema"]
 
 
@@ -174,7 +174,7 @@ def _assemble(
             f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
             f"cannot share them evenly; choose a multiple of {devices}"
         )
-    metrics = TrainMetrics(settings.log_every_n_steps)
+    metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config))
     # After a step: average first; then judge, measure, stop, and whatever else conf/callbacks names; save last.
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")

@@ -1,108 +1,80 @@
-"""What training logs: loss, gradient norm, learning rate and speed, each the mean of the steps since the last row."""
+"""What training logs: losses are means over the steps since the last row and over the devices."""
 
-import csv
-import io
 import math
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from src.data.loader import Batch
 from src.errors import UserError
-from src.files import replacing
+from src.training.hardware import memory_bytes, peak_flops
+from src.training.loggers import log_histogram
+from src.training.metrics_csv import MetricsCSV
+from src.training.summary import flops_per_image
+
+BINS = 20
+TOLD = {  # by which attribute of which callback
+    "system/checkpoint_seconds": ("Checkpoint", "last_seconds"),
+    "system/checkpoint_bytes": ("Checkpoint", "last_bytes"),
+    "train/skipped": ("Guard", "skipped"),
+}
 
 
-class MetricsCSV(Logger):
-    """metrics.csv: one row a step, one column a metric, on disk as soon as it is logged.
+class LossByLevel:
+    """Mean loss in 20 equal bins of u, the place on the schedule: a sum on the device, without a synchronisation.
 
-    Metrics logged twice for one step share its row. Values are written with all their digits.
-
-    Args:
-        path: of the file; one that exists is continued.
-        from_step: rows of later steps are dropped: they belong to a continuation that this one replaces.
+    Attributes:
+        sums: (2, BINS): the losses and how many they are; None before the first.
     """
 
-    def __init__(self, path: Path, from_step: int = 0) -> None:
-        super().__init__()
-        self.path = path
-        self.columns = ["step"]
-        self.rows: dict[int, dict[str, str]] = {}
-        self._last_start = 0  # where the last step's line begins, to be rewritten when more of it comes
-        if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    step = row.pop("step", "") or ""
-                    if step.isdigit() and int(step) <= from_step and None not in row:  # a torn line is no row
-                        self.rows[int(step)] = {k: v for k, v in row.items() if v}
-            for row in self.rows.values():
-                self.columns += [k for k in row if k not in self.columns]
-            self._rewrite()
-        self._last = max(self.rows, default=-1)
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
 
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        assert step is not None
-        new = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
-        row = self.rows.setdefault(step, {})
-        row.update(new)
-        unknown = [k for k in new if k not in self.columns]
-        if unknown or step < self._last or not self.path.exists():
-            self.columns += unknown
-            self._last = max(self._last, step)
-            self._rewrite()
-            return
-        with self.path.open("r+b") as file:
-            if step > self._last:
-                self._last, self._last_start = step, file.seek(0, os.SEEK_END)
-            file.seek(self._last_start)
-            file.write(self._line(step).encode())
-            file.truncate()
-
-    def _line(self, step: int) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([step, *(self.rows[step].get(k, "") for k in self.columns[1:])])
-        return text.getvalue()
-
-    def _rewrite(self) -> None:
-        lines = [",".join(self.columns) + "\n", *(self._line(step) for step in sorted(self.rows))]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines))
-        self._last_start = sum(len(line.encode()) for line in lines[:-1])
+    def add(self, u: Tensor, losses: Tensor) -> None:
+        """Adds the losses, (B,), of images at u, (B,) in [0, 1)."""
+        losses = losses.detach().float()
+        if self.sums is None:
+            self.sums = torch.zeros(2, BINS, device=losses.device)
+        bins = (u * BINS).long().clamp_(max=BINS - 1)
+        self.sums[0].index_add_(0, bins, losses)
+        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
 
 
 class TrainMetrics(Callback):
     """Logs to every logger, every so many steps, and not through Lightning, whose `self.log` costs 0.3 ms a step.
 
+    A last step that is no multiple of the interval gets a row too; the next regular row is then what it would have
+    been without. A checkpoint keeps the sums of every device and all of metrics.csv, so that a run that was stopped
+    logs what one logs that was not.
+
+    Columns under `system/`: `memory_bytes`, see `hardware.memory_bytes`; `peak_share`, the operations of forward and
+    backward passes (three forward passes' worth) a second over what the devices' matrix multiplications reach, measured
+    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint. Trackers also get the loss by
+    noise level.
+
+    Args:
+        every_n_steps: optimiser steps between two rows.
+        image_shape: (C, H, W).
+
     Attributes:
         images_seen: by all devices since the run began.
-        images_per_second: of all devices, in the steps since the last log, validation and sampling left out.
+        images_per_second: of all devices, in the steps since the last row; validation, sampling and saving left out.
+        last_loss: of the last row.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int]) -> None:
         self.every_n_steps = every_n_steps
+        self.image_shape = image_shape
         self.images_seen = 0
         self.images_per_second = 0.0
-        self.loss: Tensor | None = None  # mean since the last log
-        self.last_loss = float("nan")  # the last that was logged
-        self._steps = 0
-        self._images = 0
+        self.last_loss = float("nan")
+        self._loss_sum: Tensor | None = None  # of this device's batches since the last regular row
+        self._batches = 0
+        self._images = 0  # by all devices while the clock of `images_per_second` ran
         self._seconds = 0.0
         self._total_seconds = 0.0
         self._total_images = 0
@@ -110,6 +82,7 @@ class TrainMetrics(Callback):
         self._wall_start = time.perf_counter()
         self._wall_before = 0.0
         self._step = 0
+        self._peak_images_per_second = float("nan")  # of all devices, if they did nothing but multiply matrices
 
     @property
     def mean_images_per_second(self) -> float:
@@ -123,6 +96,11 @@ class TrainMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        net: Any = pl_module.net
+        device = trainer.strategy.root_device
+        flops = 3 * flops_per_image(net, self.image_shape, device)  # on every process: the weights may be shared out
+        peak = peak_flops(device, str(trainer.precision)) * trainer.world_size
+        self._peak_images_per_second = peak / flops if flops else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if not self._started:
@@ -132,15 +110,19 @@ class TrainMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach()
-        self.loss = loss if self.loss is None else self.loss + loss
-        self._steps += 1
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        self._batches += 1
         self._images += len(batch.x0) * trainer.world_size
+        self.images_seen += len(batch.x0) * trainer.world_size
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps and self._step < trainer.max_steps:
-            return
-        self._log(trainer, pl_module)
+        regular = self._step % self.every_n_steps == 0
+        if regular or self._step >= trainer.max_steps:
+            self._log(trainer, pl_module)
+        if regular:
+            self._loss_sum, self._batches = None, 0
+            self._levels(pl_module).sums = None
 
     @staticmethod
     def pause_all(trainer: Trainer) -> None:
@@ -157,16 +139,16 @@ class TrainMetrics(Callback):
             self._started = 0.0
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.loss is not None
         self.pause_all(trainer)
-        self.images_seen += self._images
+        self.images_per_second = self._images / max(self._seconds, 1e-9)
         self._total_images += self._images
         self._total_seconds += self._seconds
-        self.images_per_second = self._images / max(self._seconds, 1e-9)
-        loss = float(self.loss) / self._steps
+        self._images, self._seconds = 0, 0.0
+        sums = trainer.strategy.reduce(self._sums(pl_module), reduce_op="sum")
+        loss = float(sums[0]) / (self._batches * trainer.world_size)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} in the {self._steps} batches before step {trainer.global_step}: training has "
+                f"the loss is {loss} in the {self._batches} batches before step {trainer.global_step}: training has "
                 "diverged; lower optimizer.lr, or set trainer.gradient_clip_norm"
             )
         self.last_loss = loss
@@ -176,24 +158,74 @@ class TrainMetrics(Callback):
             "train/lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
             "images": self.images_seen,
             "images_per_second": self.images_per_second,
+            "system/memory_bytes": memory_bytes(trainer.strategy.root_device),
+            "system/peak_share": self.images_per_second / self._peak_images_per_second,
+            **self._from_callbacks(trainer),
         }
-        self.loss, self._steps, self._images, self._seconds = None, 0, 0, 0.0
+        losses, counts = sums[1:].reshape(2, BINS).cpu()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+            if counts.any():
+                log_histogram(logger, "train/loss_by_level", losses / counts.clamp(min=1), trainer.global_step)
+
+    @staticmethod
+    def _from_callbacks(trainer: Trainer) -> dict[str, float]:
+        """What other callbacks have to tell."""
+        values = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for column, (owner, attribute) in TOLD.items():
+                if type(callback).__name__ == owner and getattr(callback, attribute, None) is not None:
+                    values[column] = float(getattr(callback, attribute))
+        return values
+
+    @staticmethod
+    def _levels(module: LightningModule) -> LossByLevel:
+        levels = getattr(module, "loss_by_level", None)
+        return levels if isinstance(levels, LossByLevel) else LossByLevel()
+
+    def _sums(self, module: LightningModule) -> Tensor:
+        """What this device has summed up since the last regular row: the loss, and by level, (1 + 2 BINS,)."""
+        assert self._loss_sum is not None
+        levels = self._levels(module).sums
+        if levels is None:
+            levels = torch.zeros(2, BINS, device=self._loss_sum.device)
+        return torch.cat([self._loss_sum.float().reshape(1), levels.flatten()])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause_all(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "images_seen": self.images_seen + self._images,
-            "total_images": self._total_images,
-            "total_seconds": self._total_seconds,
-            "wall_seconds": self.wall_seconds,
-        }
+    # On every process, for the sums of all of them; `state_dict` would not know the trainer.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.images_seen = state_dict["images_seen"]
-        self._total_images = state_dict["total_images"]
-        self._total_seconds = state_dict["total_seconds"]
-        self._wall_before = state_dict["wall_seconds"]
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.pause_all(trainer)
+        state: dict[str, Any] = {
+            "images_seen": self.images_seen,
+            "total_images": self._total_images + self._images,
+            "total_seconds": self._total_seconds + self._seconds,
+            "wall_seconds": self.wall_seconds,
+            "batches": self._batches,
+        }
+        if self._batches:
+            sums = self._sums(pl_module)
+            state["sums"] = (
+                trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
+            )  # (devices, 1 + 2 BINS)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                state["table"] = logger.table()
+        checkpoint["callbacks"][self.state_key] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        self.images_seen = state.get("images_seen", 0)
+        self._total_images = state.get("total_images", 0)
+        self._total_seconds = state.get("total_seconds", 0.0)
+        self._wall_before = state.get("wall_seconds", 0.0)
+        if state.get("batches"):
+            sums: Tensor = state["sums"]
+            same_devices = len(sums) == trainer.world_size
+            mine = sums[trainer.global_rank] if same_devices else sums.double().mean(0).float()
+            mine = mine.to(trainer.strategy.root_device)
+            self._loss_sum = mine[0].clone()
+            self._levels(pl_module).sums = mine[1:].reshape(2, BINS).clone()
+            self._batches = state["batches"]

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from src.diffusion.samplers import Sampler, generate
+from src.files import tolerated
 from src.pictures import enlarge, grid, save_png, to_uint8
 from src.runs import cycled_labels
 from src.training.loggers import log_image
@@ -68,8 +69,9 @@ class SampleGrid(Callback):
         pl_module.train(training)
         picture = grid(to_uint8(images).cpu())
         folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        save_png(picture, folder / f"step={trainer.global_step}.png", enlarge(self.image_shape[1]))
+        with tolerated(folder):
+            folder.mkdir(exist_ok=True)
+            save_png(picture, folder / f"step={trainer.global_step}.png", enlarge(self.image_shape[1]))
         for logger in trainer.loggers:
             log_image(logger, "samples", picture, trainer.global_step)
 

@@ -1,8 +1,17 @@
-"""metrics.csv: rows, columns and continuation."""
+"""metrics.csv: rows, columns and continuation; what a run logs does not depend on when it was stopped."""
 
 import csv
+import math
+import resource
+import shutil
+import sys
+from unittest import mock
 
-from src.training.metrics import MetricsCSV
+import pytest
+import torch
+
+from src.training.metrics_csv import MetricsCSV
+from tests.helpers import rows
 
 
 def table(path):
@@ -57,3 +66,139 @@ def test_the_last_row_can_be_completed_after_a_continuation(tmp_path):
     MetricsCSV(path).log_metrics({"a": 1, "b": 2}, step=1)
     MetricsCSV(path, from_step=1).log_metrics({"b": 3}, step=1)
     assert table(path) == [{"step": "1", "a": "1.0", "b": "3.0"}]
+
+
+@pytest.fixture
+def four_rows(tmp_path):
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    values = [1 / 3, -math.inf, math.nan, 5e-324]
+    for step, value in enumerate(values, 1):
+        log.log_metrics({"a": value}, step=step)
+        if step % 2 == 0:
+            log.log_metrics({"b": -0.0}, step=step)
+    return log
+
+
+def test_the_table_keeps_every_value_and_every_empty_cell(four_rows, tmp_path):
+    """NaN that was logged is no empty cell. Through a file, loaded as a checkpoint is."""
+    torch.save(four_rows.table(), tmp_path / "table")
+    again = MetricsCSV(tmp_path / "again.csv", table=torch.load(tmp_path / "table", weights_only=True))
+    assert again.path.read_bytes() == four_rows.path.read_bytes()
+    assert table(again.path)[2] == {"step": "3", "a": "nan", "b": ""}
+    assert again.columns == ["step", "a", "b"]
+
+
+def test_an_empty_table_goes_on(tmp_path):
+    log = MetricsCSV(tmp_path / "metrics.csv", table=MetricsCSV(tmp_path / "metrics.csv").table())
+    log.log_metrics({"a": 1.0}, step=1)
+    assert table(log.path) == [{"step": "1", "a": "1.0"}]
+
+
+def damages(whole: bytes, from_byte: int):
+    """The file gone, cut at every byte from the given one on, and with one bit of each of these bytes turned."""
+    yield None
+    for i in range(from_byte, len(whole)):
+        yield whole[:i]
+        yield whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :]
+
+
+def test_with_a_table_no_damage_to_the_file_is_seen(four_rows):
+    kept, path = four_rows.table(), four_rows.path
+    four_rows.log_metrics({"a": 5.0}, step=5)  # later than the table, to be done again
+    whole = path.read_bytes()
+    expected = whole.replace(b"5,5.0,\n", b"5,50.0,\n")
+    for damaged in damages(whole, whole.index(b"\n4,")):
+        path.unlink(missing_ok=True)
+        if damaged is not None:
+            path.write_bytes(damaged)
+        MetricsCSV(path, from_step=4, table=kept).log_metrics({"a": 50.0}, step=5)
+        assert path.read_bytes() == expected
+
+
+def test_without_a_table_a_torn_line_is_dropped(four_rows):
+    """Checkpoints from before there were tables: every line that is whole stays, and none is half a number."""
+    whole = four_rows.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for i in range(len(lines[0]), len(whole)):
+        four_rows.path.write_bytes(whole[:i])
+        continued = MetricsCSV(four_rows.path, from_step=4)
+        kept = [line for n, line in enumerate(lines[1:], 1) if len(b"".join(lines[: n + 1])) <= i]
+        assert [str(step).encode() for step in continued.rows] == [line.split(b",")[0] for line in kept]
+        continued.log_metrics({"a": 1.0, "b": 2.0}, step=5)
+        assert four_rows.path.read_bytes().endswith(b"\n5,1.0,2.0\n")
+
+
+def test_a_full_disk_loses_no_row(tmp_path, capsys):
+    """The limit on a file's size stands in for the disk's: writes stop in the middle of a line."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        for step in range(1, 40):
+            log.log_metrics({"a": step / 3}, step=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.stat().st_size <= 100
+    log.log_metrics({"a": 40 / 3}, step=40)
+    assert [float(row["a"]) for row in table(log.path)] == [step / 3 for step in range(1, 41)]
+    said = capsys.readouterr().out
+    assert said.count("metrics.csv could not be written") == 1
+    assert "training goes on" in said
+
+
+def test_a_file_that_is_taken_away_or_cut_is_written_again(four_rows):
+    whole = four_rows.path.read_bytes()
+    for damaged in damages(whole, len(whole) - 3):
+        if damaged is None:
+            four_rows.path.unlink()
+        elif len(damaged) < len(whole):
+            four_rows.path.write_bytes(damaged)
+        four_rows.log_metrics({"a": 5.0}, step=5)
+        assert four_rows.path.read_bytes() == whole + b"5,5.0,\n"
+
+
+def test_training_goes_on_where_neither_table_nor_picture_can_be_written(command, tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    outcome = command("train", "experiment=smoke", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("metrics.csv could not be written") == 1
+    assert outcome.out.count("samples could not be written") == 1
+
+
+@pytest.fixture(scope="module")
+def thirteen(tmp_path_factory):
+    """A run of 13 steps: its last row is no regular one."""
+    from src.train import main
+
+    folder = tmp_path_factory.mktemp("thirteen") / "run"
+    arguments = ["experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={folder}"]
+    with mock.patch.object(sys, "argv", ["src.train", *arguments]):
+        main()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["none", "torn", "gone", "garbage"])
+def test_a_continued_run_logs_what_an_uninterrupted_one_does(command, smoke_run, thirteen, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(thirteen, run)
+    path = run / "metrics.csv"
+    whole = path.read_bytes()
+    damaged = {"none": whole, "torn": whole[:-5], "garbage": bytes(b ^ 1 for b in whole)}
+    path.unlink()
+    if damage in damaged:
+        path.write_bytes(damaged[damage])
+    assert command("train", f"run={run}", "trainer.max_steps=20").code == 0
+    assert [row["step"] for row in rows(run)] == ["5", "10", "13", "15", "20"]
+    assert [row for row in rows(run) if row["step"] != "13"] == rows(smoke_run)
+    assert rows(run)[2] == rows(thirteen)[2]
+
+
+def test_a_loss_in_the_middle_of_an_interval_is_not_lost(command, smoke_run, thirteen, tmp_path):
+    """The row at step 15 is the mean of steps 11 to 15, three of which were before the stop."""
+    each = tmp_path / "each"
+    assert command("train", "experiment=smoke", "trainer.log_every_n_steps=1", f"hydra.run.dir={each}").code == 0
+    losses = [float(row["train/loss"]) for row in rows(each)]
+    by_step = {row["step"]: float(row["train/loss"]) for row in rows(smoke_run)}
+    assert by_step["15"] == pytest.approx(sum(losses[10:15]) / 5, rel=1e-6)
+    assert float(rows(thirteen)[2]["train/loss"]) == pytest.approx(sum(losses[10:13]) / 3, rel=1e-6)
