@@ -169,7 +169,7 @@ class Poison(Callback):
         value: that the weight gets, as text, since a configuration holds no nan.
         layer: whose first weight.
         restores: only while training has not gone back more often than so.
-        once: put the weight right again after the step, as if a cosmic ray had hit an activation.
+        once: put the weight right again after the gradient, as if a cosmic ray had hit an activation.
     """
 
     def __init__(self, steps: list[int], value: str, layer: str, restores: int = 0, once: bool = True) -> None:
@@ -183,13 +183,16 @@ class Poison(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         weight = pl_module.net.get_parameter(self.layer)
-        if self._own is not None:
-            weight.view(-1)[0] = self._own
-            self._own = None
         guard: Any = next(c for c in trainer.callbacks if type(c).__name__ == "Guard")  # type: ignore[attr-defined]
         if trainer.global_step in self.steps and guard.restores <= self.restores:
             self._own = weight.view(-1)[0].clone() if self.once else None
             weight.view(-1)[0] = self.value
+
+    @torch.no_grad()
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._own is not None:
+            pl_module.net.get_parameter(self.layer).view(-1)[0] = self._own
+            self._own = None
 
 
 class ClockBack(Callback):

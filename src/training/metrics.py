@@ -1,47 +1,25 @@
 """What training logs: losses are means over the steps since the last row and over the devices."""
 
-import math
 import time
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from src.data.loader import Batch
-from src.errors import UserError
+from src.training.by_level import BINS
 from src.training.hardware import memory_bytes, peak_flops
 from src.training.loggers import log_histogram
 from src.training.metrics_csv import MetricsCSV
 from src.training.summary import flops_per_image
 
-BINS = 20
 TOLD = {  # by which attribute of which callback
     "system/checkpoint_seconds": ("Checkpoint", "last_seconds"),
     "system/checkpoint_bytes": ("Checkpoint", "last_bytes"),
     "train/skipped": ("Guard", "skipped"),
 }
-
-
-class LossByLevel:
-    """Mean loss in 20 equal bins of u, the place on the schedule: a sum on the device, without a synchronisation.
-
-    Attributes:
-        sums: (2, BINS): the losses and how many they are; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-
-    def add(self, u: Tensor, losses: Tensor) -> None:
-        """Adds the losses, (B,), of images at u, (B,) in [0, 1)."""
-        losses = losses.detach().float()
-        if self.sums is None:
-            self.sums = torch.zeros(2, BINS, device=losses.device)
-        bins = (u * BINS).long().clamp_(max=BINS - 1)
-        self.sums[0].index_add_(0, bins, losses)
-        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
 
 
 class TrainMetrics(Callback):
@@ -72,8 +50,8 @@ class TrainMetrics(Callback):
         self.images_seen = 0
         self.images_per_second = 0.0
         self.last_loss = float("nan")
-        self._loss_sum: Tensor | None = None  # of this device's batches since the last regular row
-        self._batches = 0
+        self._batch_losses: list[Tensor] = []  # of the step that is not complete
+        self._loss_sum: Tensor | None = None  # (2,) of good steps since the last regular row, and how many
         self._images = 0  # by all devices while the clock of `images_per_second` ran
         self._seconds = 0.0
         self._total_seconds = 0.0
@@ -94,7 +72,7 @@ class TrainMetrics(Callback):
         """Since the run began, the time between a stop and its resume left out."""
         return self._wall_before + time.perf_counter() - self._wall_start
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
         net: Any = pl_module.net
         device = trainer.strategy.root_device
@@ -102,27 +80,28 @@ class TrainMetrics(Callback):
         peak = peak_flops(device, str(trainer.precision)) * trainer.world_size
         self._peak_images_per_second = peak / flops if flops else float("nan")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if not self._started:
             self._started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         loss = outputs["loss"].detach()
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._batches += 1
+        self._batch_losses.append(loss.float())
         self._images += len(batch.x0) * trainer.world_size
         self.images_seen += len(batch.x0) * trainer.world_size
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        step_loss = torch.stack(self._batch_losses).mean()
+        both = torch.stack([step_loss, torch.ones_like(step_loss)]).masked_fill_(pl_module.guard.left_out(), 0.0)
+        self._loss_sum = both if self._loss_sum is None else self._loss_sum + both
+        self._batch_losses = []
         regular = self._step % self.every_n_steps == 0
         if regular or self._step >= trainer.max_steps:
             self._log(trainer, pl_module)
         if regular:
-            self._loss_sum, self._batches = None, 0
-            self._levels(pl_module).sums = None
+            self._loss_sum = None
+            pl_module.loss_by_level.sums = None
 
     @staticmethod
     def pause_all(trainer: Trainer) -> None:
@@ -138,31 +117,27 @@ class TrainMetrics(Callback):
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, pl_module: Any) -> None:
         self.pause_all(trainer)
         self.images_per_second = self._images / max(self._seconds, 1e-9)
         self._total_images += self._images
         self._total_seconds += self._seconds
         self._images, self._seconds = 0, 0.0
         sums = trainer.strategy.reduce(self._sums(pl_module), reduce_op="sum")
-        loss = float(sums[0]) / (self._batches * trainer.world_size)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in the {self._batches} batches before step {trainer.global_step}: training has "
-                "diverged; lower optimizer.lr, or set trainer.gradient_clip_norm"
-            )
-        self.last_loss = loss
+        good_steps = float(sums[1])
+        if good_steps:
+            self.last_loss = float(sums[0]) / good_steps
         metrics = {
-            "train/loss": loss,
-            "train/grad_norm": float(pl_module.grad_norm),  # type: ignore[arg-type]
-            "train/lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            **({"train/loss": self.last_loss} if good_steps else {}),
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/lr": pl_module.optimizers().param_groups[0]["lr"],
             "images": self.images_seen,
             "images_per_second": self.images_per_second,
             "system/memory_bytes": memory_bytes(trainer.strategy.root_device),
             "system/peak_share": self.images_per_second / self._peak_images_per_second,
             **self._from_callbacks(trainer),
         }
-        losses, counts = sums[1:].reshape(2, BINS).cpu()
+        losses, counts = sums[2:].reshape(2, BINS).cpu()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             if counts.any():
@@ -178,54 +153,47 @@ class TrainMetrics(Callback):
                     values[column] = float(getattr(callback, attribute))
         return values
 
-    @staticmethod
-    def _levels(module: LightningModule) -> LossByLevel:
-        levels = getattr(module, "loss_by_level", None)
-        return levels if isinstance(levels, LossByLevel) else LossByLevel()
-
-    def _sums(self, module: LightningModule) -> Tensor:
-        """What this device has summed up since the last regular row: the loss, and by level, (1 + 2 BINS,)."""
+    def _sums(self, module: Any) -> Tensor:
+        """What this device has summed up since the last regular row: loss, steps, and by level, (2 + 2 BINS,)."""
         assert self._loss_sum is not None
-        levels = self._levels(module).sums
+        levels = module.loss_by_level.sums
         if levels is None:
             levels = torch.zeros(2, BINS, device=self._loss_sum.device)
-        return torch.cat([self._loss_sum.float().reshape(1), levels.flatten()])
+        return torch.cat([self._loss_sum, levels.flatten()])
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.pause_all(trainer)
 
     # On every process, for the sums of all of them; `state_dict` would not know the trainer.
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.pause_all(trainer)
         state: dict[str, Any] = {
             "images_seen": self.images_seen,
             "total_images": self._total_images + self._images,
             "total_seconds": self._total_seconds + self._seconds,
             "wall_seconds": self.wall_seconds,
-            "batches": self._batches,
         }
-        if self._batches:
+        if self._loss_sum is not None:
             sums = self._sums(pl_module)
             state["sums"] = (
                 trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
-            )  # (devices, 1 + 2 BINS)
+            )  # (devices, 2 + 2 BINS)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 state["table"] = logger.table()
         checkpoint["callbacks"][self.state_key] = state
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key, {})
         self.images_seen = state.get("images_seen", 0)
         self._total_images = state.get("total_images", 0)
         self._total_seconds = state.get("total_seconds", 0.0)
         self._wall_before = state.get("wall_seconds", 0.0)
-        if state.get("batches"):
+        if "sums" in state:
             sums: Tensor = state["sums"]
             same_devices = len(sums) == trainer.world_size
             mine = sums[trainer.global_rank] if same_devices else sums.double().mean(0).float()
             mine = mine.to(trainer.strategy.root_device)
-            self._loss_sum = mine[0].clone()
-            self._levels(pl_module).sums = mine[1:].reshape(2, BINS).clone()
-            self._batches = state["batches"]
+            self._loss_sum = mine[:2].clone()
+            pl_module.loss_by_level.sums = mine[2:].reshape(2, BINS).clone()

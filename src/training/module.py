@@ -12,6 +12,7 @@ from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
+from src.training.by_level import LossByLevel
 from src.training.ema import EMA
 from src.training.guard import Guard
 from src.training.lr import Constant
@@ -66,6 +67,7 @@ class DiffusionModule(LightningModule):
         self.num_classes: int | None = getattr(net, "num_classes", None)
         self.self_conditioning: bool = getattr(net, "self_conditioning", False)
         self.dropouts = [layer for layer in net.modules() if isinstance(layer, Dropout)]
+        self.loss_by_level = LossByLevel()
         self.seen: list[Tensor] = []  # of each part of the step so far: its loss, losses and u, (3, B)
         self.grad_norm: Tensor | None = None
 
@@ -198,6 +200,8 @@ class DiffusionModule(LightningModule):
         elif bad:
             for parameter in parameters:
                 parameter.grad = None
+        _, losses, u = torch.cat(self.seen, dim=1)
+        self.loss_by_level.add(u, losses, bad)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         factor = self.lr_schedule(self.global_step, self.trainer.max_steps)

@@ -129,9 +129,9 @@ def small_disk(tmp_path):
 def test_a_full_disk(whole, small_disk, tmp_path, record, on_failure):
     run, log = small_disk / "run", tmp_path / "log"
     fill = ["+callbacks.fill._target_=tests.faults.FillDisk", f"+callbacks.fill.folder={small_disk}"]
-    settings = [*fill, "+callbacks.fill.full_at=17", f"callbacks.checkpoint.on_failure={on_failure}"]
+    settings = [*fill, "+callbacks.fill.full_at=31", f"callbacks.checkpoint.on_failure={on_failure}"]
     if on_failure == "continue":
-        settings.append("+callbacks.fill.room_at=33")
+        settings.append("+callbacks.fill.room_at=47")
     code = finish(*SMOKE, *settings, f"hydra.run.dir={run}", output=log)
     text = log.read_text()
     assert "Traceback" not in text
@@ -139,7 +139,7 @@ def test_a_full_disk(whole, small_disk, tmp_path, record, on_failure):
     assert "No space left on device" in text
     if on_failure == "stop":
         assert code == 2
-        assert saved_step(run) == 15
+        assert saved_step(run) == 30
         (small_disk / "filler").unlink()
         assert finish(f"run={run}", output=log) == 0
     else:
@@ -154,7 +154,7 @@ def test_a_bad_step_is_left_out(tmp_path, record, value):
     """A weight is bad in two steps and right again; an explosion is known by the mean of a hundred losses before."""
     run, log = tmp_path / "run", tmp_path / "log"
     poison = ["+callbacks.poison._target_=tests.faults.Poison", f"+callbacks.poison.value='{value}'"]
-    where = ["+callbacks.poison.steps=[105,107]", "+callbacks.poison.layer=conv_in.weight"]
+    where = ["+callbacks.poison.steps=[105,107]", "+callbacks.poison.layer=conv_out.weight"]
     assert finish(*SMOKE, *poison, *where, "trainer.max_steps=120", f"hydra.run.dir={run}", output=log) == 0
     table = rows(run)
     assert [int(row["step"]) for row in table if float(row["train/skipped"]) > 0] == list(range(106, 121))
