@@ -87,13 +87,14 @@ class Run:
             UserError: when none is whole, or one is of a newer version.
         """
         candidates = [path for path in (self.checkpoint, *self._others) if path.is_file()]
-        for path, following in zip(candidates, [*candidates[1:], None], strict=True):
+        for path in candidates:
             self.checkpoint = path
             try:
                 return _read(path)
             except UserError as error:
-                if following is None or isinstance(error, NewerVersionError):
+                if path == candidates[-1] or isinstance(error, NewerVersionError):
                     raise
+                following = candidates[candidates.index(path) + 1]
                 print(f"note: {error}; passed over for {following.name}", flush=True)
         return None
 

@@ -55,14 +55,12 @@ def test_twenty_kills_at_random_moments(tmp_path, record):
         time.sleep(moments.uniform(0, 0.4))
         process.kill()
         process.join()
-        if process.exitcode != -signal.SIGKILL:
-            break  # it was done
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
         kills += 1
         in_a_save += any(run.glob("checkpoints/.*.tmp"))
         lost.append(steps_logged(run) - saved_step(run))
     assert finish(*arguments, f"hydra.run.dir={run}", output=log) == 0
     assert_same_run(whole, run)
-    assert kills == 20
     assert in_a_save >= 3
     record("kill -9 at random moments", tried=kills, lost=max(lost), note=f"{in_a_save} in the middle of a save")
 
