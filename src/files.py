@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -15,6 +16,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes plain containers and tensors as torch.save does, on the disk when it returns."""
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def shown(path: Path) -> Path:

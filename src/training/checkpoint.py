@@ -1,15 +1,13 @@
 """Checkpoints: plain containers and tensors, written so that a reader sees the old file or the new one, never half."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from src.files import replacing
+from src.files import save
 from src.runs import BEST, LAST
 from src.training.stop import Stop, Stopped
 from src.training.units import Steps
@@ -21,10 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save(checkpoint, path)
 
 
 class Checkpoint(Callback):

@@ -158,7 +158,8 @@ def _build_callbacks(config: dict[str, Any], run_dir: Path, stop: Stop) -> dict[
     for name in ("ema", "checkpoint"):
         if name not in nodes:
             raise UserError(f"callbacks.{name} cannot be left out; set it as conf/callbacks/default.yaml does")
-    runtime = {
+    runtime: dict[str, dict[str, Any]] = {
+        "ema": {"run_dir": run_dir},
         "checkpoint": {"run_dir": run_dir, "config": config, "stop": stop},
         "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
     }

@@ -37,7 +37,7 @@ else:
 
 
 def in_steps(node: Any, images_per_step: int) -> Any:
-    """A copy of a configuration in which every setting that is named ...steps is a number of steps, rounded, 1 at least.
+    """A copy of a configuration in which each setting named ...steps is a number of steps, rounded, 1 at least.
 
     Args:
         images_per_step: of all devices and accumulated batches together.
@@ -52,3 +52,16 @@ def _steps(key: str, value: Any, images_per_step: int) -> Any:
         images = Images(value).number
         return max(1, round(images / images_per_step)) if images else 0
     return in_steps(value, images_per_step)
+
+
+def share(steps: Any, parts: int) -> Any:
+    """One of so many parts of a number of steps or images, 1 at least: ${share:${trainer.max_steps},32} in YAML.
+
+    What is neither stays as it is, to be refused where it stands.
+    """
+    if isinstance(steps, int):
+        return max(1, steps // parts)
+    try:
+        return f"{max(1, Images(steps).number // parts)}img"
+    except ValueError:
+        return steps
