@@ -27,6 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.errors import UserError
+from src.training.units import share
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -39,6 +40,7 @@ def _options(*groups: str) -> str:
 
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
+OmegaConf.register_new_resolver("share", share, replace=True)
 Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
 
@@ -100,7 +102,8 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
                 plain[key] = str(plain[key])
         check_arguments(schema, plain, "")
         check(plain, "")
-        check_seed("seed", plain["seed"])
+        if "seed" in plain:
+            check_seed("seed", plain["seed"])
         _check_writable(run_dir)
         return task(plain, run_dir)
     except UserError as error:

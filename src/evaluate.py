@@ -21,7 +21,7 @@ class EvaluateConfig:
     num_images: int | None
     batch_size: int
     seed: int
-    weights: Literal["ema", "raw"]
+    weights: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["32-true"]
     vlb: dict

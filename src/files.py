@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -35,6 +36,16 @@ def tolerated(path: Path) -> Iterator[None]:
         if path not in _SAID:
             _SAID.add(path)
             print(f"{shown(path)} could not be written ({error}); training goes on", flush=True)
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes plain containers and tensors as torch.save does, on the disk when it returns."""
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def shown(path: Path) -> Path:

@@ -20,7 +20,7 @@ class SampleConfig:
     num_samples: int | None
     batch_size: int
     seed: int
-    weights: Literal["ema", "raw"]
+    weights: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["32-true", "bf16-mixed"]
     trajectory: bool

@@ -50,8 +50,20 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished `experiment=smoke`."""
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    argv, sys.argv = sys.argv, ["src.train", "experiment=smoke", f"hydra.run.dir={folder}"]
+    return _train(tmp_path_factory.mktemp("smoke") / "run")
+
+
+AVERAGES = ("averages=[half_life,edm2]", "callbacks.ema.snapshot_every_n_steps=5")
+
+
+@pytest.fixture(scope="session")
+def averaged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with all averages, and snapshots at steps 5, 10, 15 and 20."""
+    return _train(tmp_path_factory.mktemp("averaged") / "run", *AVERAGES)
+
+
+def _train(folder: Path, *overrides: str) -> Path:
+    argv, sys.argv = sys.argv, ["src.train", "experiment=smoke", f"hydra.run.dir={folder}", *overrides]
     try:
         importlib.import_module("src.train").main()
     finally:

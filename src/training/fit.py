@@ -221,7 +221,8 @@ def _build_callbacks(config: dict[str, Any], run_dir: Path, checkpoint: dict[str
         if name not in nodes:
             raise UserError(f"callbacks.{name} cannot be left out; set it as conf/callbacks/default.yaml does")
     del nodes["guard"]
-    runtime = {
+    runtime: dict[str, dict[str, Any]] = {
+        "ema": {"run_dir": run_dir},
         "checkpoint": {"run_dir": run_dir, **checkpoint},
         "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
     }
