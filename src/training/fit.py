@@ -77,7 +77,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             for logger in loggers:
                 log_config(logger, written)
             parameters = sum(p.numel() for p in training.net.parameters())
-            say(f"{config['name']}: {parameters:,} parameters, {_device(training.trainer)}, in {shown(run_dir)}")
+            devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen_precision}"
+            say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
             _warn_of_terminal_signal(training.diffusion)
             while True:
                 if training.trainer.global_rank == 0:
@@ -90,7 +91,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
                 except Diverged as diverged:
                     run, resume = _go_back(diverged, training.guard, run_dir, resume)
                     training = _assemble(config, written, run_dir, settings, data, resume, training.guard)
-            summary = _finish(training, config, run_dir)
+            summary = _finish(training, config, settings, run_dir)
             exit_code = 0
         finally:
             finish_wandb(loggers, exit_code)
@@ -142,8 +143,9 @@ def _assemble(
     callbacks = _build_callbacks(
         config, run_dir, checkpoint={"config": written, "stop": stop, "guard": guard, "writer": writer}
     )
+    masters = settings.prepare(net)
     module = DiffusionModule(
-        settings.prepare(net),
+        net,
         diffusion,
         _build_optimizer(config, settings),
         build(config["lr_schedule"], "lr_schedule"),
@@ -153,6 +155,7 @@ def _assemble(
         mix(config["seed"], guard.restores) if guard.restores else config["seed"],
         config["label_dropout"],
         config["offset_noise"],
+        masters,
     )
     samplers = {"sampler": build(config["sampler"], "sampler")}
     if "samples" in callbacks:
@@ -174,7 +177,7 @@ def _assemble(
             f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
             f"cannot share them evenly; choose a multiple of {devices}"
         )
-    metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config))
+    metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config), settings.chosen_precision)
     # After a step: average first; then judge, measure, stop, and whatever else conf/callbacks names; save last.
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")
@@ -298,12 +301,7 @@ def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"{run_dir} cannot be written to ({error}); choose another with hydra.run.dir=<folder>")
 
 
-def _device(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    return f"{trainer.world_size} x {device.type}, {trainer.precision}"
-
-
-def _finish(training: Training, config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+def _finish(training: Training, config: dict[str, Any], settings: TrainerSettings, run_dir: Path) -> dict[str, Any]:
     """Writes summary.json, and says what was done and where it lies."""
     trainer, metrics = training.trainer, training.metrics
     summary = summarize(
@@ -311,6 +309,7 @@ def _finish(training: Training, config: dict[str, Any], run_dir: Path) -> dict[s
         training.net,
         image_shape(config),
         config,
+        precision=settings.chosen_precision,
         train_loss=metrics.last_loss,
         images_seen=metrics.images_seen,
         images_per_second=metrics.mean_images_per_second,

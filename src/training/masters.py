@@ -18,7 +18,9 @@ class MasterWeights:
 
     def __init__(self, net: nn.Module) -> None:
         self.names = [name for name, _ in net.named_parameters()]
-        self.parameters = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in net.parameters()]
+        self.parameters: list[torch.Tensor] = [
+            nn.Parameter(p.detach().clone(), p.requires_grad) for p in net.parameters()
+        ]
         net.to(torch.bfloat16)
         net.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
         self.net = net
@@ -26,9 +28,9 @@ class MasterWeights:
     def to(self, device: torch.device) -> None:
         """Follows the network to its device."""
         for parameter in self.parameters:
-            parameter.data = parameter.data.to(device)
+            parameter.data = parameter.data.to(device)  # the same object, which the optimiser knows
 
-    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named(self) -> Iterator[tuple[str, Tensor]]:
         """As the network's `named_parameters`."""
         return zip(self.names, self.parameters, strict=True)
 
@@ -41,7 +43,7 @@ class MasterWeights:
     @torch.no_grad()
     def give_weights(self) -> None:
         """Rounds the weights into the network."""
-        torch._foreach_copy_(list(self.net.parameters()), self.parameters)
+        torch._foreach_copy_(list(self.net.parameters()), list(self.parameters))
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes the weights of a network's state_dict."""
@@ -51,6 +53,6 @@ class MasterWeights:
         self.give_weights()
 
 
-def in_place_of(net: nn.Module, masters: "MasterWeights | None") -> Iterable[tuple[str, nn.Parameter]]:
-    """The network's weights in full precision, with their names."""
+def full_precision(net: nn.Module, masters: MasterWeights | None) -> Iterable[tuple[str, Tensor]]:
+    """The network's weights as the optimiser has them, with their names."""
     return net.named_parameters() if masters is None else masters.named()

@@ -37,6 +37,7 @@ class TrainMetrics(Callback):
     Args:
         every_n_steps: optimiser steps between two rows.
         image_shape: (C, H, W).
+        precision: see `TrainerSettings.chosen_precision`.
 
     Attributes:
         images_seen: by all devices since the run began.
@@ -44,9 +45,10 @@ class TrainMetrics(Callback):
         last_loss: of the last row.
     """
 
-    def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int], precision: str) -> None:
         self.every_n_steps = every_n_steps
         self.image_shape = image_shape
+        self.precision = precision
         self.images_seen = 0
         self.images_per_second = 0.0
         self.last_loss = float("nan")
@@ -77,7 +79,7 @@ class TrainMetrics(Callback):
         net: Any = pl_module.net
         device = trainer.strategy.root_device
         flops = 3 * flops_per_image(net, self.image_shape, device)  # on every process: the weights may be shared out
-        peak = peak_flops(device, str(trainer.precision)) * trainer.world_size
+        peak = peak_flops(device, self.precision) * trainer.world_size
         self._peak_images_per_second = peak / flops if flops else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:

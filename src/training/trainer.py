@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from src.errors import UserError
+from src.training.masters import MasterWeights
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32-true", "tf32", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,23 @@ class TrainerSettings:
             raise ValueError(f"devices={list(self.devices)} are indices of GPUs and there are none; use devices=auto")
         if isinstance(self.devices, list | tuple) and len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices={list(self.devices)} name a GPU twice")
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Refuses a precision that the device lacks."""
         if self.precision == "16-mixed" and self.device_type == "cpu":
             raise ValueError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
+        if self.precision == "tf32" and (self.device_type != "cuda" or torch.cuda.get_device_capability() < (8, 0)):
+            raise ValueError("precision=tf32 needs an NVIDIA GPU from Ampere on; use 32-true")
+        if self.precision in ("bf16-mixed", "bf16-true") and self.device_type == "cuda" and not self._has_bf16:
+            raise ValueError(f"precision={self.precision} needs a GPU that multiplies in bfloat16; use 16-mixed")
+
+    @property
+    def _has_bf16(self) -> bool:
+        """Whether the device multiplies in bfloat16 by itself."""
+        if self.device_type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.device_type == "cpu" and _cpu_has_bf16()
 
     @property
     def device_type(self) -> Literal["cuda", "mps", "cpu"]:
@@ -89,24 +105,27 @@ class TrainerSettings:
         """`precision`, with auto as bf16-mixed where the hardware multiplies in bfloat16, and 32-true elsewhere."""
         if self.precision != "auto":
             return self.precision
-        if self.device_type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bf16 = self.device_type == "cpu" and _cpu_has_bf16()
-        return "bf16-mixed" if has_bf16 else "32-true"
+        return "bf16-mixed" if self._has_bf16 else "32-true"
 
     @property
     def fused_optimizer(self) -> bool:
         """Whether the fused optimiser is right: it unscales gradients itself, too late for clipping under 16-mixed."""
         return self.chosen_precision != "16-mixed"
 
-    def prepare(self, net: nn.Module) -> nn.Module:
-        """Sets the network's memory format, and compiles it in place, which leaves its parameters' names alone."""
+    def prepare(self, net: nn.Module) -> MasterWeights | None:
+        """Sets the network's memory format and, of bf16-true, its type, and compiles it; all in place.
+
+        Compiled so, its parameters keep their names.
+
+        Returns:
+            the float32 weights of bf16-true.
+        """
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
+        masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
         if self.compile:
             net.compile()
-        return net
+        return masters
 
     def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end.
@@ -119,13 +138,15 @@ class TrainerSettings:
                 "trainer: strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp"
             )
         quiet_lightning()
+        torch.set_float32_matmul_precision("high" if self.chosen_precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.chosen_precision != "32-true"  # torch's default lets convolutions round
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
         return Trainer(
             accelerator=self.accelerator,
             devices=devices,
             num_nodes=self.num_nodes,
             strategy=self.strategy,
-            precision=self.chosen_precision,  # type: ignore[arg-type]
+            precision=self.chosen_precision if "mixed" in self.chosen_precision else "32-true",  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=self.accumulate_grad_batches,
