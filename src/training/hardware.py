@@ -19,7 +19,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """The most floating-point operations a second that a matrix multiplication reaches here, a multiply-add as two.
 
     Measured, not read from a data sheet: square matrices grow until one product takes 4 ms, each size is timed three
-    times, and the best counts. On a CPU it is that of the threads that this process may use. Tenths of a second, once.
+    times, and the best counts. On a CPU it is that of the threads that this process may use. It takes a tenth of a
+    second, once.
 
     Args:
         device: to measure on.

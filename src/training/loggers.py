@@ -50,6 +50,7 @@ def wandb(
         tags: of the run.
         artifact: whether the best checkpoint goes to W&B at the end.
     """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its last report can hold up a process for half a minute
     import wandb as wb
 
     if os.environ.get("WANDB_MODE") == "disabled":

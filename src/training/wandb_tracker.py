@@ -18,7 +18,7 @@ from src.files import shown
 from src.runs import BEST, LAST
 
 QUEUE = 1000  # calls that may wait; when there are more, the newest are dropped
-FINISH_SECONDS = 20.0  # that the end of a run waits for W&B to take what it has not got yet,
+FINISH_SECONDS = 15.0  # that the end of a run waits for W&B to take what it has not got yet,
 TEARDOWN_SECONDS = 5.0  # and after that in vain, for W&B's own process to end, twice at most
 UPLOAD_BYTES_PER_SECOND = 1e6  # of an artifact; a slower upload is cut off
 
@@ -112,8 +112,8 @@ class WandbTracker(Logger):
             try:
                 call()
             except Exception as error:
-                if not self._failed:
-                    print(f"W&B refuses what it is given ({error}); training goes on", flush=True)
+                if not self._failed:  # say it once
+                    print(f"W&B takes no more ({error}); training goes on", flush=True)
                 self._failed = True
         try:
             if checkpoint := self._checkpoint():

@@ -2,16 +2,24 @@
 
 import csv
 import math
+import os
 import resource
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from src.training.hardware import memory_bytes, peak_flops
+from src.training.metrics import BINS, LossByLevel
 from src.training.metrics_csv import MetricsCSV
 from tests.helpers import rows
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVELS = "tests.training.fake_wandb.Levels"
 
 
 def table(path):
@@ -202,3 +210,93 @@ def test_a_loss_in_the_middle_of_an_interval_is_not_lost(command, smoke_run, thi
     by_step = {row["step"]: float(row["train/loss"]) for row in rows(smoke_run)}
     assert by_step["15"] == pytest.approx(sum(losses[10:15]) / 5, rel=1e-6)
     assert float(rows(thirteen)[2]["train/loss"]) == pytest.approx(sum(losses[10:13]) / 3, rel=1e-6)
+
+
+def test_losses_are_summed_by_level():
+    levels = LossByLevel()
+    u = torch.rand(1000)
+    losses = torch.rand(1000)
+    for part in torch.arange(1000).split(128):
+        levels.add(u[part], losses[part])
+    for i in range(BINS):
+        inside = (u >= i / BINS) & (u < (i + 1) / BINS)
+        assert levels.sums[1, i] == inside.sum()
+        assert levels.sums[0, i] == pytest.approx(float(losses[inside].sum()), rel=1e-5)
+
+
+def partial_sums(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["TrainMetrics"]["sums"]
+
+
+def test_the_sums_of_an_unfinished_row_survive_a_stop(command, tmp_path):
+    """No regular row before step 100: what a stop at 13 lost would be missing in the sums at 20."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["experiment=smoke", "trainer.log_every_n_steps=100", f"+callbacks.levels._target_={LEVELS}"]
+    assert command("train", *arguments, f"hydra.run.dir={whole}").code == 0
+    assert command("train", *arguments, "trainer.max_steps=13", f"hydra.run.dir={stopped}").code == 0
+    assert command("train", f"run={stopped}", "trainer.max_steps=20").code == 0
+    assert torch.equal(partial_sums(whole), partial_sums(stopped))
+    assert rows(whole)[-1] == rows(stopped)[-1]
+    by_level = partial_sums(whole)[0, 1:].reshape(2, BINS)
+    assert by_level[0, 0] >= 20 + sum(range(1, 21))
+    assert by_level[1, -1] >= 40
+
+
+def test_two_processes_log_the_mean_of_both_and_continue_with_it(tmp_path):
+    """Two devices; then the same on one, which goes on from the mean of what the two had summed up."""
+
+    def train(*arguments):
+        subprocess.run(
+            [sys.executable, "-m", "src.train", *arguments],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    train(*arguments, "trainer.max_steps=10", "trainer.val_every_n_steps=10", f"hydra.run.dir={whole}")
+    train(*arguments, "trainer.max_steps=8", "trainer.val_every_n_steps=10", f"hydra.run.dir={stopped}")
+    sums = partial_sums(stopped)
+    assert sums.shape == (2, 1 + 2 * BINS)
+    assert sums[0, 0] != sums[1, 0]
+    assert float(rows(stopped)[-1]["train/loss"]) == pytest.approx(float(sums[:, 0].sum()) / 6, rel=1e-6)
+    train(f"run={stopped}", "trainer.max_steps=10")
+    assert [row["step"] for row in rows(stopped)] == ["5", "8", "10"]
+    assert rows(stopped)[-1] == rows(whole)[-1]
+
+
+def test_the_systems_columns_are_in_every_row(smoke_run):
+    for row in rows(smoke_run, without=()):
+        assert 0 < float(row["system/peak_share"]) < 3  # a tiny network on a busy machine; a share, not a percentage
+        assert 1e7 < float(row["system/memory_bytes"]) < 1e12
+
+
+def test_what_other_callbacks_tell_is_logged(command, tmp_path, monkeypatch):
+    from src.training.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "last_seconds", None, raising=False)
+    monkeypatch.setattr(Checkpoint, "last_bytes", None, raising=False)
+    save = Checkpoint._save_last
+
+    def saved(self, trainer):
+        save(self, trainer)
+        self.last_seconds, self.last_bytes = 0.5, 1000 * trainer.global_step
+
+    monkeypatch.setattr(Checkpoint, "_save_last", saved)
+    assert command("train", "experiment=smoke", f"hydra.run.dir={tmp_path}").code == 0
+    table = rows(tmp_path, without=())
+    assert [row["system/checkpoint_seconds"] for row in table] == ["", "", "0.5", "0.5"]
+    assert [row["system/checkpoint_bytes"] for row in table] == ["", "", "10000.0", "10000.0"]
+
+
+def test_the_peak_is_that_of_a_matrix_multiplication():
+    cpu = torch.device("cpu")
+    state = torch.get_rng_state()
+    peak = peak_flops(cpu, "32-true")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 1e9 < peak < 1e15
+    assert peak_flops(cpu, "32-true") == peak  # measured once
+    assert memory_bytes(cpu) > 1e7
