@@ -30,7 +30,7 @@ from src.errors import UserError
 T = TypeVar("T")
 JOIN = timedelta(minutes=10)  # within which all must have come
 WORK = timedelta(days=30)  # for which the first to be done waits for the last; one that has died is noticed at once
-GRACE = 10.0  # seconds that processes have to end by themselves when one has failed
+GRACE = 3.0  # seconds that processes have to end by themselves, when one has failed and when they are told to
 ERROR_FILE = "DIFFUSION_LAB_ERROR_FILE"  # where a process of `start` leaves the sentence of its error
 
 
@@ -179,9 +179,11 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         file = os.environ.get(ERROR_FILE)
         if file is not None and not isinstance(error, Lost):
             Path(file).write_text(str(error))
-        if file is not None or place.rank > 0:
-            raise SystemExit(2) from error
-        raise
+        if file is None and place.rank == 0:
+            raise
+        if file is None:
+            time.sleep(1)  # until the first has told: torchrun ends all when one has failed
+        raise SystemExit(2) from error
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
@@ -282,6 +284,8 @@ def start(command: list[str], processes: int) -> None:
             for child in children:
                 child.terminate()
             codes = [_end(child) for child in children]
+        if codes[0] < 0:
+            sys.stderr.write("\n")  # below its progress bar
         failed = [rank for rank, code in enumerate(codes) if code != 0]
         told = [sentence.read_text() for sentence in sentences if sentence.exists()]
         if told:
