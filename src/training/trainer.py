@@ -154,8 +154,8 @@ class TrainerSettings:
         return Trainer(
             accelerator=self.accelerator,
             devices=devices,
-            num_nodes=self.num_nodes,
-            strategy="ddp" if self.strategy == "auto" and self.num_devices * self.num_nodes > 1 else self.strategy,
+            num_nodes=int(self.num_nodes),
+            strategy="ddp" if self.strategy == "auto" and self.num_devices * int(self.num_nodes) > 1 else self.strategy,
             precision=self.chosen_precision,  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,
