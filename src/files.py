@@ -17,6 +17,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder and those in it; nobody else may be writing there."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
 def shown(path: Path) -> Path:
     """The path as a reader wants it: relative when it lies below the working directory."""
     absolute = path.resolve()

@@ -148,5 +148,5 @@ def test_torchrun_trains_one_run(environment, tmp_path):
     (run,) = (tmp_path / "outputs" / "smoke").iterdir()
     assert is_time(run.name)
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["world_size"], summary["images_seen"]) == (2, 640)
-    assert result.stdout.count("10 steps, 640 images") == 1
+    assert (summary["world_size"], summary["images_seen"]) == (2, 320)
+    assert result.stdout.count("10 steps, 320 images") == 1

@@ -20,8 +20,8 @@ from torch import nn
 
 from src.errors import UserError
 from src.launch import launched
-from src.training.checkpoint import AtomicCheckpointIO
 from src.training.units import Steps
+from src.training.writer import CheckpointWriter
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -47,6 +47,7 @@ class TrainerSettings:
     compile: bool = False
     channels_last: bool = False
     deterministic: bool = False
+    requeue_code: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_nodes == "auto":
@@ -139,7 +140,7 @@ class TrainerSettings:
             net.compile()
         return net
 
-    def make(self, run_dir: Path, callbacks: list[Callback]) -> Trainer:
+    def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end.
 
         Raises:
@@ -167,7 +168,7 @@ class TrainerSettings:
             deterministic=self.deterministic,
             logger=False,  # fit gives it its loggers when it has found nothing to refuse
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(), *_environment()],
+            plugins=[writer, *_environment()],
             default_root_dir=run_dir,
             enable_checkpointing=False,
             enable_model_summary=False,
