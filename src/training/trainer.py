@@ -5,7 +5,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import Trainer
@@ -24,6 +24,10 @@ from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+if TYPE_CHECKING:
+    Nodes = int  # what `num_nodes` is once the settings are made
+else:
+    Nodes = int | Literal["auto"]  # what a configuration may say
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class TrainerSettings:
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int | list[int] | Literal["auto"] = "auto"
-    num_nodes: int | Literal["auto"] = "auto"
+    num_nodes: Nodes = "auto"  # type: ignore[assignment]
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Precision = "auto"
     max_steps: Steps = 10000
@@ -155,8 +159,8 @@ class TrainerSettings:
         return Trainer(
             accelerator=self.accelerator,
             devices=devices,
-            num_nodes=int(self.num_nodes),
-            strategy="ddp" if self.strategy == "auto" and self.num_devices * int(self.num_nodes) > 1 else self.strategy,
+            num_nodes=self.num_nodes,
+            strategy="ddp" if self.strategy == "auto" and self.num_devices * self.num_nodes > 1 else self.strategy,
             precision=self.chosen_precision,  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,
