@@ -27,7 +27,7 @@ class Run:
     Attributes:
         folder: the run's folder; of a checkpoint outside one, the folder that it lies in.
         checkpoint: the file with the weights; may not exist yet in a folder whose run has just begun. Of a folder, the
-            last one; `load_checkpoint` passes it over for the one before when it is damaged.
+            last one.
         in_folder: whether the checkpoint belongs to the folder; one that was taken elsewhere brings its configuration.
         config: the resolved configuration, plain containers.
 
@@ -38,7 +38,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.in_folder = True
-        self._others: list[Path] = []  # to fall back on, in this order
+        self._others: list[Path] = []  # to continue from when it is damaged, in this order
         if path.is_dir():
             self.folder, self.checkpoint = path, path / LAST
             self._others = [path / PREVIOUS, path / BEST]
@@ -67,36 +67,35 @@ class Run:
                 raise UserError(f"{self.folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
         return None
 
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is any file to load."""
-        return any(path.is_file() for path in (self.checkpoint, *self._others))
-
     def load_checkpoint(self) -> dict[str, Any]:
         """The checkpoint, on the CPU; never executes what it holds.
-
-        Of a folder, the newest that is whole: what is missing or damaged is passed over, and said so.
 
         Raises:
             UserError: when it is missing, damaged, of a newer version, or not a checkpoint of this project.
         """
-        candidates = [self.checkpoint, *self._others]
-        if not self.has_checkpoint:
+        if not self.checkpoint.is_file():
             raise UserError(f"{self.folder} holds no checkpoint yet: {self.checkpoint} does not exist; train it first")
-        while True:
-            path = candidates.pop(0)
-            rest = [other for other in candidates if other.is_file()]
-            try:
-                if not path.is_file():
-                    raise UserError(f"{path} does not exist")
-                checkpoint = _read(path)
-            except UserError as error:
-                if not rest or isinstance(error, NewerVersionError):
-                    raise
-                print(f"note: {error}; passed over for {rest[0].name}", flush=True)
-                continue
+        return _read(self.checkpoint)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The checkpoint to continue from; None when there is none yet.
+
+        Of a folder, the newest that is whole: what is missing or damaged is passed over, and said so. `checkpoint` is
+        then the one that was loaded.
+
+        Raises:
+            UserError: when none is whole, or one is of a newer version.
+        """
+        candidates = [path for path in (self.checkpoint, *self._others) if path.is_file()]
+        for path, following in zip(candidates, [*candidates[1:], None], strict=True):
             self.checkpoint = path
-            return checkpoint
+            try:
+                return _read(path)
+            except UserError as error:
+                if following is None or isinstance(error, NewerVersionError):
+                    raise
+                print(f"note: {error}; passed over for {following.name}", flush=True)
+        return None
 
     def load_net(self, weights: str) -> "nn.Module":
         """The network with the "ema" or the "raw" weights of the checkpoint, in eval mode on the CPU.

@@ -194,7 +194,7 @@ def _go_back(
         UserError: when training has come no further since it last went back, `guard.max_restores` times.
     """
     run = Run(run_dir)
-    resume = run.load_checkpoint() if run.has_checkpoint else None
+    resume = run.load_newest()
     step = resume["global_step"] if resume else 0
     guard.futile = guard.futile + 1 if step == (before["global_step"] if before else 0) else 1
     if guard.futile > guard.max_restores:

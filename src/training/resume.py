@@ -22,7 +22,8 @@ UNCOMPARED = ("run", "resume", "overrides", "choices")
 
 def images_per_step(config: dict[str, Any]) -> int:
     """Of all devices and accumulated batches together."""
-    return max(1, config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"])
+    sizes = config["data"].get("batch_size"), config["trainer"].get("accumulate_grad_batches")
+    return max(1, (sizes[0] or 1) * (sizes[1] or 1))  # what is missing or no number is refused when it is built
 
 
 def resume_point(run: Run) -> dict[str, Any] | None:
@@ -33,10 +34,10 @@ def resume_point(run: Run) -> dict[str, Any] | None:
     """
     if not run.in_folder:
         raise UserError(f"{run.checkpoint} is not in a run's folder, which is what can be continued; give run=<folder>")
-    if not run.has_checkpoint:
+    checkpoint = run.load_newest()
+    if checkpoint is None:
         say(f"{shown(run.folder)} has no checkpoint yet: starting again at step 0")
         return None
-    checkpoint = run.load_checkpoint()
     if checkpoint["format"] < FORMAT:
         raise UserError(
             f"{run.checkpoint} was written by an older version, whose order of images this one does not know; sample "

@@ -39,7 +39,7 @@ def test_a_run_folder_holds_what_the_readme_promises(smoke_run):
     config = yaml.safe_load((smoke_run / "config.yaml").read_text())
     assert config["schedule"]["beta_end"] == 0.02
     assert "${" not in (smoke_run / "config.yaml").read_text()
-    assert {"last.ckpt", "best.ckpt"} == {p.name for p in (smoke_run / "checkpoints").iterdir()}
+    assert {"last.ckpt", "previous.ckpt", "best.ckpt"} == {p.name for p in (smoke_run / "checkpoints").iterdir()}
     assert {"step=10.png", "step=20.png"} == {p.name for p in (smoke_run / "samples").iterdir()}
     assert Image.open(smoke_run / "samples" / "step=20.png").size == (37 * 8, 37 * 8)  # 4 x 4 of 8x8, gaps of 1, by 8
     leftovers = [p for p in smoke_run.rglob("*") if p.name.startswith(".") or "tmp" in p.suffix]

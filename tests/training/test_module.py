@@ -13,9 +13,11 @@ from src.diffusion.schedules import Linear
 from src.diffusion.weightings import Constant as ConstantWeight
 from src.models.simple_unet import SimpleUNet
 from src.training.ema import EMA
+from src.training.guard import Guard
 from src.training.lr import Constant
 from src.training.module import DiffusionModule
 from src.training.trainer import TrainerSettings
+from src.training.writer import CheckpointWriter
 
 GOLDEN_GRAD_NORM = 1.718039
 GOLDEN_CHECKSUM = 2485.72709
@@ -32,13 +34,14 @@ def trained(
     def optimizer(parameters):
         return torch.optim.SGD(parameters, lr=lr)
 
-    module = DiffusionModule(net, diffusion, optimizer, Constant(), clip, ema, seed=0)
+    guard = Guard()
+    module = DiffusionModule(net, diffusion, optimizer, Constant(), clip, ema, guard, seed=0)
     settings = {"batch_size": 16, "flip": False, "val_images": 64, **data}
     images = ImageDataModule(Digits(), "data", channels=1, image_size=8, num_classes=10, **settings)
     images.setup()
     trainer = TrainerSettings(
         accelerator="cpu", max_steps=max_steps, val_every_n_steps=max_steps, precision="32-true"
-    ).make(tmp_path, [ema])
+    ).make(tmp_path, CheckpointWriter(), [ema, guard])
     trainer.fit(module, images)
     return module, trainer
 
