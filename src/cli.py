@@ -47,6 +47,7 @@ def _register_stamp(resumes: bool = False) -> None:
 
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
+OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
 _register_stamp()
 Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
@@ -71,6 +72,13 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         try:
             flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
             others = [argument for argument in sys.argv[1:] if argument not in flags]
+            searches = any(o.startswith("hydra/sweeper=optuna") for o in others)
+            if searches and not flags:
+                raise UserError("hydra/sweeper=optuna runs many jobs: say so with -m")
+            if searches:
+                from src.search import register
+
+                register()
             if flags:
                 _refuse_a_sweep_of_each_process()
                 others += _one_sweep_folder(others)
