@@ -19,6 +19,7 @@ class TrainConfig:
     offset_noise: float
     run: str | None
     resume: Literal["auto"] | None
+    metric: Literal["val/loss_ema"] | None
     overrides: list[str]
     choices: dict
     schedule: dict

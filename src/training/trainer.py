@@ -1,22 +1,34 @@
 """From the settings of conf/trainer to a Lightning Trainer."""
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from torch import nn
 
 from src.errors import UserError
+from src.launch import launched
 from src.training.masters import MasterWeights
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
 Precision = Literal["auto", "32-true", "tf32", "bf16-mixed", "bf16-true", "16-mixed"]
+if TYPE_CHECKING:
+    Nodes = int  # what `num_nodes` is once the settings are made
+else:
+    Nodes = int | Literal["auto"]  # what a configuration may say
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class TrainerSettings:
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int | list[int] | Literal["auto"] = "auto"
-    num_nodes: int = 1
+    num_nodes: Nodes = "auto"  # type: ignore[assignment]
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Precision = "auto"
     max_steps: Steps = 10000
@@ -43,6 +55,9 @@ class TrainerSettings:
     requeue_code: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_nodes == "auto":
+            launch = launched()
+            object.__setattr__(self, "num_nodes", 1 if launch is None else launch.num_nodes)
         for name in ("max_steps", "accumulate_grad_batches", "val_every_n_steps", "log_every_n_steps", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -65,6 +80,7 @@ class TrainerSettings:
         if isinstance(self.devices, list | tuple) and len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices={list(self.devices)} name a GPU twice")
         self._check_precision()
+        self._check_launch(gpus)
 
     def _check_precision(self) -> None:
         """Refuses a precision that the device lacks."""
@@ -82,6 +98,23 @@ class TrainerSettings:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return self.device_type == "cpu" and _cpu_has_bf16()
 
+    def _check_launch(self, gpus: int) -> None:
+        """Compares with what torchrun or srun started."""
+        launch = launched()
+        if launch is None:
+            return
+        started = f"{launch.launcher} started {launch.world_size} processes, {launch.local_world_size} a node"
+        if (self.num_devices, self.num_nodes) != (launch.local_world_size, launch.num_nodes):
+            raise ValueError(
+                f"devices={self.devices} and num_nodes={self.num_nodes} are not what runs: {started}; set "
+                "trainer.devices=auto trainer.num_nodes=auto"
+            )
+        if self.device_type == "cuda" and self.num_devices > gpus:
+            raise ValueError(
+                f"{started} and this process sees {gpus} GPUs; start one process a GPU and let each see all of its "
+                "node (of Slurm, --gpus-per-node and not --gpus-per-task)"
+            )
+
     @property
     def device_type(self) -> Literal["cuda", "mps", "cpu"]:
         """What torch calls the device that will train."""
@@ -93,11 +126,14 @@ class TrainerSettings:
 
     @property
     def num_devices(self) -> int:
-        """Devices of this machine that will train."""
+        """Devices of this machine that will train; of several processes that a launcher started, one each."""
         if isinstance(self.devices, list | tuple):
             return len(self.devices)
         if self.devices != "auto":
             return int(self.devices)
+        launch = launched()
+        if launch is not None:
+            return launch.local_world_size
         return torch.cuda.device_count() if self.device_type == "cuda" else 1
 
     @property
@@ -145,7 +181,7 @@ class TrainerSettings:
             accelerator=self.accelerator,
             devices=devices,
             num_nodes=self.num_nodes,
-            strategy=self.strategy,
+            strategy="ddp" if self.strategy == "auto" and self.num_devices * self.num_nodes > 1 else self.strategy,
             precision=self.chosen_precision if "mixed" in self.chosen_precision else "32-true",  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,
@@ -157,13 +193,24 @@ class TrainerSettings:
             deterministic=self.deterministic,
             logger=False,  # fit gives it its loggers when it has found nothing to refuse
             callbacks=callbacks,
-            plugins=[writer],
+            plugins=[writer, *_environment()],
             default_root_dir=run_dir,
             enable_checkpointing=False,
             enable_model_summary=False,
             inference_mode=False,  # lets a compiled network serve training and validation
             use_distributed_sampler=False,
         )
+
+
+def _environment() -> list[ClusterEnvironment]:
+    """Where Lightning reads its rank: what `launched` saw, so that the two never disagree."""
+    launch = launched()
+    if launch is None:  # Lightning looks around itself, and takes Slurm's batch script for a task of srun
+        return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ else []
+    if launch.launcher == "torchrun":
+        return [TorchElasticEnvironment()]
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(launch.local_world_size)  # which srun --ntasks leaves unset
+    return [SLURMEnvironment(auto_requeue=False)]  # src/train.py does so, when the checkpoint is saved
 
 
 def _cpu_has_bf16() -> bool:
@@ -185,8 +232,10 @@ def quiet_lightning() -> None:
 
 def refuse_ddp_sweep(settings: TrainerSettings) -> None:
     """Refuses several devices in one multirun process: each child of Lightning's launcher would start its own sweep."""
-    if settings.num_devices > 1 or settings.strategy != "auto":
+    if launched() is None and (settings.num_devices > 1 or settings.strategy != "auto"):
         raise UserError(
             f"trainer.devices={settings.devices}, trainer.strategy={settings.strategy} and --multirun do not work in "
-            "one process; give each job one device with trainer.strategy=auto trainer.devices=1"
+            "one process; give each job one device (trainer.strategy=auto trainer.devices=1, several at a time with "
+            f"hydra/launcher=joblib) or {settings.num_devices} processes of its own (hydra/launcher=submitit_slurm "
+            f"hydra.launcher.tasks_per_node={settings.num_devices}), or call src.train without -m from a shell loop"
         )
