@@ -1,8 +1,7 @@
 """Several processes that do one job: who one is, what is one's share, and everything back in the first.
 
-A launcher tells each process of its group in the environment: torchrun as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT, srun as SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID (with MASTER_ADDR and MASTER_PORT from the user), or
-`start` here, which runs a command several times over. Item k of a job belongs to process k mod size.
+A launcher has started them, torchrun, srun or `start` here, which runs a command several times over; see `src.launch`.
+Item k of a job belongs to process k mod size.
 
 What travels is small (uint8 images, numbers), so that it goes over gloo, on the CPU, whatever device has made it.
 """
@@ -15,17 +14,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from src.errors import UserError
+from src.launch import Launch, launched, meeting_point
 
 T = TypeVar("T")
 JOIN = timedelta(minutes=10)  # within which all must have come
@@ -115,38 +115,6 @@ class Group:
 ALONE = Group()
 
 
-class Place(NamedTuple):
-    """What a launcher has told this process.
-
-    Attributes:
-        local_rank: among the processes of this machine.
-        threads: cores that are this process's.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    threads: int
-
-
-def launched(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place, where a launcher has started several; None for one that is alone."""
-    if not environ.keys() >= {"MASTER_ADDR", "MASTER_PORT"}:
-        return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if environ.keys() >= {"RANK", "WORLD_SIZE"}:
-        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-        local_rank = int(environ.get("LOCAL_RANK", rank))
-        threads = max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", size)))
-    elif environ.keys() >= {"SLURM_PROCID", "SLURM_NTASKS"}:
-        rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
-        local_rank = int(environ.get("SLURM_LOCALID", rank))
-        threads = min(cores, int(environ.get("SLURM_CPUS_PER_TASK", 1)))
-    else:
-        return None
-    return Place(rank, size, local_rank, threads) if size > 1 else None
-
-
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[Group]:
     """The group that a launcher has started, for as long as the block lasts; a process that is alone joins nothing.
@@ -161,13 +129,12 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         UserError: when the others do not come.
     """
     place = launched()
-    if place is None:
+    if place is None or place.world_size == 1:
         yield ALONE
         return
     _end_with_parent()
     threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores are slower by far than fewer
-        torch.set_num_threads(place.threads)
+    share_cores(place)
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     try:
@@ -190,15 +157,21 @@ def joined(device: str = "cpu") -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _join(place: Place) -> Group:
+def share_cores(place: Launch) -> None:
+    """Gives torch as many threads as there are cores for this process, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(place.threads)
+
+
+def _join(place: Launch) -> Group:
+    where = ":".join(meeting_point())
     try:
-        dist.init_process_group("gloo", rank=place.rank, world_size=place.size, timeout=JOIN)
-        return Group(place.rank, place.size, dist.new_group(timeout=WORK))
+        dist.init_process_group("gloo", rank=place.rank, world_size=place.world_size, timeout=JOIN)
+        return Group(place.rank, place.world_size, dist.new_group(timeout=WORK))
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {place.size} processes that the environment tells of did not meet at {where} "
-            f"({str(error).splitlines()[0]}); unset MASTER_ADDR to run one alone"
+            f"the {place.world_size} processes that {place.launcher} started did not meet at {where} "
+            f"({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT say where they shall"
         ) from error
 
 
@@ -244,10 +217,13 @@ def on_devices(
             work(group)
 
 
-def start(command: list[str], processes: int) -> None:
+def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> None:
     """Runs a command several times over as one group, on this machine, and waits for all.
 
     Only the first prints. When one fails the others are ended; they also end with this process, however it ends.
+
+    Args:
+        handed_on: signals to this process that are for them, who know how to end well.
 
     Raises:
         UserError: with the sentence that one of them has failed with.
@@ -258,6 +234,12 @@ def start(command: list[str], processes: int) -> None:
         port = probe.getsockname()[1]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     children: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(signum: int, frame: Any) -> None:
+        for child in children:
+            child.send_signal(signum)
+
+    before = {number: signal.signal(number, hand_on) for number in handed_on}
     with tempfile.TemporaryDirectory() as folder:
         sentences, outputs = ([Path(folder, f"{kind}{r}") for r in range(processes)] for kind in ("error", "stderr"))
         try:
@@ -284,6 +266,8 @@ def start(command: list[str], processes: int) -> None:
             for child in children:
                 child.terminate()
             codes = [_end(child) for child in children]
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if codes[0] < 0:
             sys.stderr.write("\n")  # below its progress bar
         failed = [rank for rank, code in enumerate(codes) if code != 0]

@@ -73,6 +73,14 @@ def steps_logged(run: Path) -> int:
         return 0
 
 
+def saved_step(run: Path) -> int:
+    """That of last.ckpt; 0 when there is none yet."""
+    try:
+        return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    except FileNotFoundError:
+        return 0
+
+
 def state(run: Path) -> dict[str, torch.Tensor]:
     """Weights, averages and moments of last.ckpt."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

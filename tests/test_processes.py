@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.processes import ALONE, Group, count, joined, launched, on_devices, start
+from src.processes import ALONE, Group, count, joined, on_devices, start
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -100,32 +100,6 @@ def test_one_that_is_alone_joins_nothing(monkeypatch):
         assert group == ALONE
         assert group.gather(group.share([3, 1, 4])) == [3, 1, 4]
         assert not torch.distributed.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("environ", "place"),
-    [
-        ({}, None),
-        ({**MASTER, "RANK": "0", "WORLD_SIZE": "1"}, None),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, None),
-        ({**MASTER, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1)),
-        ({**MASTER, "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script that srun has not started
-    ],
-)
-def test_what_a_launcher_tells(environ, place):
-    told = launched(environ)
-    assert (told and told[:3]) == place
-
-
-def test_the_cores_of_a_machine_are_shared(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    of_eight = {**MASTER, "RANK": "0", "WORLD_SIZE": "8"}
-    assert launched({**of_eight, "LOCAL_WORLD_SIZE": "4"}).threads == 4
-    assert launched({**of_eight, "LOCAL_WORLD_SIZE": "32"}).threads == 1
-    of_slurm = {**MASTER, "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
-    assert launched({**of_slurm, "SLURM_CPUS_PER_TASK": "6"}).threads == 6
-    assert launched(of_slurm).threads == 1
 
 
 def test_devices_are_gpus_where_gpus_are_meant(monkeypatch):

@@ -84,6 +84,7 @@ class Checkpoint(Callback):
             self._settle()
             self._save(trainer, [LAST])
             self._settle(final=True)
+            trainer.strategy.barrier("stopped")  # all go on until the first has saved
             raise self.stop.stopped(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch

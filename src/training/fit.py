@@ -4,8 +4,12 @@ What a user can get wrong is found before anything is written to the run's folde
 """
 
 import inspect
+import json
+import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,9 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
-from src.overrides import as_override
+from src.launch import launched
+from src.overrides import as_override, same_job
+from src.processes import share_cores, start
 from src.randomness import mix
 from src.runs import CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.training.guard import Diverged, Guard
@@ -33,11 +39,13 @@ from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
-from src.training.stop import Stop
+from src.training.stop import SIGNALS, Stop
 from src.training.summary import summarize, write
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
+
+SUMMARY = "summary.json"
 
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
@@ -67,6 +75,13 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         print(f"{run_dir} has trained {resume['global_step']} steps already; to go on, raise trainer.max_steps")
         return float(resume["callbacks"]["Checkpoint"]["best"])
 
+    launch = launched()
+    if launch is None and settings.num_devices > 1:
+        start(same_job("train", run_dir), settings.num_devices, SIGNALS)
+        return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
+
+    if launch is not None:
+        share_cores(launch)
     data = build(config["data"], "data")
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
@@ -88,6 +103,10 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
                     checkpoint = run.checkpoint if run and resume else None
                     training.trainer.fit(training.module, data, ckpt_path=checkpoint, weights_only=True)
                     break
+                except RuntimeError as error:
+                    if training.trainer.world_size == 1 or not _is_of_a_peer(error):
+                        raise
+                    raise _lost(run_dir, training, error) from error
                 except Diverged as diverged:
                     run, resume = _go_back(diverged, training.guard, run_dir, resume)
                     training = _assemble(config, written, run_dir, settings, data, resume, training.guard)
@@ -107,6 +126,7 @@ class Training:
     module: DiffusionModule
     metrics: TrainMetrics
     guard: Guard
+    writer: CheckpointWriter
     trainer: Trainer
 
 
@@ -182,7 +202,7 @@ def _assemble(
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")
     trainer = settings.make(run_dir, writer, [*own, *callbacks.values(), last])
-    return Training(net, diffusion, module, metrics, guard, trainer)
+    return Training(net, diffusion, module, metrics, guard, writer, trainer)
 
 
 def _go_back(
@@ -209,6 +229,29 @@ def _go_back(
     guard.restores += 1
     say(f"note: {diverged}; going back to step {step}, with another order of images and noise")
     return (run if resume else None), resume
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether it says that another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or re.search("gloo|by peer|NCCL", str(error)) is not None
+
+
+def _lost(run_dir: Path, training: Training, error: RuntimeError) -> UserError:
+    """What to say when another process has gone; on a GPU it is said, and the process ends, at once.
+
+    There, a kernel may wait for the lost process forever, and everything that waits for the device with it.
+    """
+    reason = " ".join(str(error).split())[:200]
+    sentence = (
+        f"another process of this run has ended ({reason}); go on from the last checkpoint with python -m src.train "
+        f"{as_override('run', shown(run_dir))}, or with the same command and resume=auto"
+    )
+    if training.trainer.strategy.root_device.type == "cuda":
+        with suppress(OSError, RuntimeError):
+            training.writer.wait()
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(2)
+    return UserError(sentence)
 
 
 def _counted_in_steps(config: dict[str, Any]) -> dict[str, Any]:
@@ -316,7 +359,7 @@ def _finish(training: Training, config: dict[str, Any], settings: TrainerSetting
         wall_seconds=metrics.wall_seconds,
     )
     if trainer.is_global_zero:
-        write(summary, run_dir / "summary.json")
+        write(summary, run_dir / SUMMARY)
         for logger in trainer.loggers:
             log_summary(logger, summary)
     folder = shown(run_dir)

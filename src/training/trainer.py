@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import (
 from torch import nn
 
 from src.errors import UserError
-from src.launch import launched
+from src.launch import launched, meeting_point
 from src.training.masters import MasterWeights
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
@@ -102,6 +102,10 @@ class TrainerSettings:
         """Compares with what torchrun or srun started."""
         launch = launched()
         if launch is None:
+            if self.num_nodes > 1:
+                raise ValueError(
+                    f"num_nodes={self.num_nodes} needs a launcher for the processes of all nodes: torchrun or srun"
+                )
             return
         started = f"{launch.launcher} started {launch.world_size} processes, {launch.local_world_size} a node"
         if (self.num_devices, self.num_nodes) != (launch.local_world_size, launch.num_nodes):
@@ -177,7 +181,7 @@ class TrainerSettings:
         torch.set_float32_matmul_precision("high" if self.chosen_precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = self.chosen_precision != "32-true"  # torch's default lets convolutions round
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
-        return Trainer(
+        trainer = Trainer(
             accelerator=self.accelerator,
             devices=devices,
             num_nodes=self.num_nodes,
@@ -200,6 +204,9 @@ class TrainerSettings:
             inference_mode=False,  # lets a compiled network serve training and validation
             use_distributed_sampler=False,
         )
+        # Lightning broadcasts each step whether a SIGTERM came, and waits for the answer; `Stop` does it without.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        return trainer
 
 
 def _environment() -> list[ClusterEnvironment]:
@@ -207,7 +214,8 @@ def _environment() -> list[ClusterEnvironment]:
     launch = launched()
     if launch is None:  # Lightning looks around itself, and takes Slurm's batch script for a task of srun
         return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ else []
-    if launch.launcher == "torchrun":
+    meeting_point()
+    if launch.launcher != "srun":
         return [TorchElasticEnvironment()]
     os.environ["SLURM_NTASKS_PER_NODE"] = str(launch.local_world_size)  # which srun --ntasks leaves unset
     return [SLURMEnvironment(auto_requeue=False)]  # src/train.py does so, when the checkpoint is saved
@@ -228,6 +236,7 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1x1 kernels
 
 
 def refuse_ddp_sweep(settings: TrainerSettings) -> None:

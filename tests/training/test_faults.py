@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults import assert_same_run, finish, start, state, steps_logged, wait_for
+from tests.faults import assert_same_run, finish, saved_step, start, state, steps_logged, wait_for
 from tests.helpers import rows
 
 SMOKE = [
     *("experiment=smoke", "trainer.log_every_n_steps=1", "trainer.max_steps=60", "trainer.val_every_n_steps=20"),
     *("callbacks.checkpoint.every_n_steps=5", "callbacks.samples.every_n_steps=30"),
 ]
-
-
-def saved_step(run: Path) -> int:
-    try:
-        return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    except FileNotFoundError:
-        return 0
 
 
 @pytest.fixture(scope="module")
