@@ -114,8 +114,12 @@ def each(subject: Subject, name: str, batches: list[range], work: Callable[[Part
         bar_format=layout,
         disable=not group.first,
     )
+
+    def update(images: float) -> None:
+        bar.update(min(images, bar.total - bar.n))  # shares may add up to a little more than 1
+
     with group.agreement(), refusals(name), bar:
-        made = in_threads(of, own, subject.device, bar.update)
+        made = in_threads(of, own, subject.device, update)
     return group.gather(made)
 
 
