@@ -163,10 +163,25 @@ def share_cores(place: Launch) -> None:
         torch.set_num_threads(place.threads)
 
 
+def meet(place: Launch, backend: str) -> None:
+    """Makes torch's default group of all processes that the launcher has started.
+
+    When torchrun starts all again, it keeps its store, with the addresses of those that have died in it: each attempt
+    gets keys of its own.
+    """
+    address, port = meeting_point()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store = None
+    if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        tcp = dist.TCPStore(address, int(port), place.world_size, is_master=False, timeout=JOIN)
+        store = dist.PrefixStore(f"attempt {attempt}", tcp)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=JOIN)
+
+
 def _join(place: Launch) -> Group:
     where = ":".join(meeting_point())
     try:
-        dist.init_process_group("gloo", rank=place.rank, world_size=place.world_size, timeout=JOIN)
+        meet(place, "gloo")
         return Group(place.rank, place.world_size, dist.new_group(timeout=WORK))
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -227,7 +242,7 @@ def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> 
 
     Raises:
         UserError: with the sentence that one of them has failed with.
-        SystemExit: with the exit code of one that has failed otherwise, and has said why.
+        SystemExit: with the exit code of one that has failed otherwise, and has said why, or of a signal.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -235,7 +250,10 @@ def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> 
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     children: list[subprocess.Popen[bytes]] = []
 
+    asked: list[int] = []
+
     def hand_on(signum: int, frame: Any) -> None:
+        asked.append(signum)
         for child in children:
             child.send_signal(signum)
 
@@ -270,6 +288,8 @@ def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> 
                 signal.signal(number, handler)
         if codes[0] < 0:
             sys.stderr.write("\n")  # below its progress bar
+        if asked and -asked[0] in codes:
+            raise SystemExit(128 + asked[0])  # before they could handle it
         failed = [rank for rank, code in enumerate(codes) if code != 0]
         told = [sentence.read_text() for sentence in sentences if sentence.exists()]
         if told:

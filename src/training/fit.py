@@ -28,7 +28,7 @@ from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
 from src.launch import launched
 from src.overrides import as_override, same_job
-from src.processes import share_cores, start
+from src.processes import meet, share_cores, start
 from src.randomness import mix
 from src.runs import CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.training.guard import Diverged, Guard
@@ -82,6 +82,10 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
 
     if launch is not None:
         share_cores(launch)
+        if launch.world_size > 1:
+            if settings.device_type == "cuda":
+                torch.cuda.set_device(launch.local_rank)
+            meet(launch, "nccl" if settings.device_type == "cuda" else "gloo")  # Lightning takes it as it is
     data = build(config["data"], "data")
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
@@ -112,6 +116,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
                     training = _assemble(config, written, run_dir, settings, data, resume, training.guard)
             summary = _finish(training, config, settings, run_dir)
             exit_code = 0
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         finally:
             finish_wandb(loggers, exit_code)
     return summary["metrics"]["val/loss_ema"]

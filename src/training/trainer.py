@@ -204,7 +204,9 @@ class TrainerSettings:
             inference_mode=False,  # lets a compiled network serve training and validation
             use_distributed_sampler=False,
         )
-        # Lightning broadcasts each step whether a SIGTERM came, and waits for the answer; `Stop` does it without.
+        # Signals are for `Stop`. Lightning's handler broadcasts wherever it is called, which several processes answer
+        # by hanging, and each step it broadcasts whether one came, and waits for the answer.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         return trainer
 
