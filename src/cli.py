@@ -7,6 +7,7 @@ A command is a function of its resolved configuration (plain containers) and the
 `run=<folder>` makes the settings of that run the defaults of the command: see `inherit`.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -27,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.errors import UserError
+from src.launch import launched, rank, stamp
 from src.training.units import share
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -34,13 +36,21 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def _options(*groups: str) -> str:
     """The named groups with their options, a line each, for --help; of "-name", all groups but that."""
-    names = [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and f"-{path.name}" not in groups]
+    hidden = ("hydra", *(group.removeprefix("-") for group in groups if group.startswith("-")))
+    names = [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and path.name not in hidden]
     chosen = [name for name in names if name in groups] or names
     return "\n".join(f"{name}: {', '.join(sorted(p.stem for p in (CONF / name).glob('*.yaml')))}" for name in chosen)
 
 
+def _register_stamp(resumes: bool = False) -> None:
+    """${stamp:<time format>} in a configuration is Hydra's ${now:...}, but one for all processes of a job."""
+    OmegaConf.register_new_resolver("stamp", functools.partial(stamp, resumes=resumes), replace=True, use_cache=True)
+
+
 OmegaConf.register_new_resolver("options", _options, replace=True)
 OmegaConf.register_new_resolver("share", share, replace=True)
+OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
+_register_stamp()
 Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
 
@@ -64,8 +74,17 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         try:
             flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
             others = [argument for argument in sys.argv[1:] if argument not in flags]
+            searches = any(o.startswith("hydra/sweeper=optuna") for o in others)
+            if searches and not flags:
+                raise UserError("hydra/sweeper=optuna runs many jobs: say so with -m")
+            if searches:
+                from src.search import register
+
+                register()
             if flags:
+                _refuse_a_sweep_of_each_process()
                 others += _one_sweep_folder(others)
+            _register_stamp(resumes="resume=auto" in others)
             sys.argv[1:] = flags + _with_inherited(others, inherit)  # argparse takes -m only before the overrides
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         except UserError as error:
@@ -112,6 +131,16 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         _fail(str(error))
     finally:
         RememberFolders.remove()
+
+
+def _refuse_a_sweep_of_each_process() -> None:
+    launch = launched()
+    if launch is not None and launch.world_size > 1:
+        raise UserError(
+            f"{launch.launcher} started {launch.world_size} processes and each would start the whole sweep: start it "
+            f"once, without {launch.launcher}; jobs of several processes come with hydra/launcher=submitit_slurm "
+            f"hydra.launcher.tasks_per_node={launch.local_world_size}"
+        )
 
 
 def _check_writable(folder: Path) -> None:
@@ -167,8 +196,10 @@ def _explain(error: BaseException) -> str:
         names = [str(name).removesuffix(".yaml") for name in error.options]
         return unknown_key(f"{group}={option}", option, names).replace("there is no setting", "there is no option")
     cause = error
-    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
+    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError | UserError):
         cause = cause.__cause__  # type: ignore[assignment]
+    if isinstance(cause, UserError):  # of a resolver
+        return str(cause)
     if cause is not None and cause.parent_node is not None and OmegaConf.is_dict(cause.parent_node):
         names = [str(name) for name in cause.parent_node if name != "hydra"]
         return unknown_key(str(cause.full_key), str(cause.key), names)
@@ -185,21 +216,34 @@ class RememberFolders(Callback):
     made: ClassVar[list[Path]] = []  # innermost first
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.run.dir).absolute()
-        RememberFolders.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        RememberFolders.made = []
+        if rank() != 0:
+            return
+        try:
+            folder = Path(config.hydra.run.dir).absolute()
+        except OmegaConfBaseException:  # which Hydra meets again, and reports
+            return
+        shared = launched() is not None  # with processes that may have been quicker to make the folder
+        ours = Path("outputs").absolute()
+        RememberFolders.made = [
+            path
+            for path in (folder, *folder.parents)
+            if not path.exists() or (shared and (path == folder or path.is_relative_to(ours)))
+        ]
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # jobs of a sweep have new folders of their own
-            RememberFolders.made = [Path(HydraConfig.get().runtime.output_dir)]
+            RememberFolders.made = [Path(HydraConfig.get().runtime.output_dir)] if rank() == 0 else []
 
     @staticmethod
     def remove() -> None:
         """Removes those that hold nothing."""
         for folder in RememberFolders.made:
-            if folder.exists() and not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # it holds something, or is gone
                 folder.rmdir()
 
 
 def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
+    if rank() == 0:  # the others fail as it does
+        print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 LAST = Path("checkpoints", "last.ckpt")
+PREVIOUS = Path("checkpoints", "previous.ckpt")
 BEST = Path("checkpoints", "best.ckpt")
+FORMAT = 1  # of the checkpoints that are written; those before it was counted have none
 PARTS = {"name", "overrides", "schedule", "objective", "weighting", "density", "loss", "model", "sampler", "data"}
 
 
@@ -24,7 +26,8 @@ class Run:
 
     Attributes:
         folder: the run's folder; of a checkpoint outside one, the folder that it lies in.
-        checkpoint: the file with the weights; may not exist yet in a folder whose run has just begun.
+        checkpoint: the file with the weights; may not exist yet in a folder whose run has just begun. Of a folder, the
+            last one.
         in_folder: whether the checkpoint belongs to the folder; one that was taken elsewhere brings its configuration.
         config: the resolved configuration, plain containers.
 
@@ -35,8 +38,10 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.in_folder = True
+        self._others: list[Path] = []  # to continue from when it is damaged, in this order
         if path.is_dir():
             self.folder, self.checkpoint = path, path / LAST
+            self._others = [path / PREVIOUS, path / BEST]
         elif path.is_file() and path.suffix == ".ckpt":
             parent = path.resolve().parent
             self.in_folder = parent.name == LAST.parent.name and (parent.parent / CONFIG).is_file()
@@ -66,22 +71,32 @@ class Run:
         """The checkpoint, on the CPU; never executes what it holds.
 
         Raises:
-            UserError: when it is missing, damaged, or not a checkpoint of this project.
+            UserError: when it is missing, damaged, of a newer version, or not a checkpoint of this project.
         """
-        import torch
-
         if not self.checkpoint.is_file():
             raise UserError(f"{self.folder} holds no checkpoint yet: {self.checkpoint} does not exist; train it first")
-        try:
-            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling damaged bytes raises anything
-            reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-            raise UserError(f"{self.checkpoint} is damaged or not a checkpoint ({reason}); use another one") from error
-        if not isinstance(checkpoint, dict) or not {"state_dict", "ema", "config"} <= checkpoint.keys():
-            raise UserError(
-                f"{self.checkpoint} is not a checkpoint that src.train wrote; use one from <run>/checkpoints"
-            )
-        return checkpoint
+        return _read(self.checkpoint)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The checkpoint to continue from; None when there is none yet.
+
+        Of a folder, the newest that is whole: what is missing or damaged is passed over, and said so. `checkpoint` is
+        then the one that was loaded.
+
+        Raises:
+            UserError: when none is whole, or one is of a newer version.
+        """
+        candidates = [path for path in (self.checkpoint, *self._others) if path.is_file()]
+        for path in candidates:
+            self.checkpoint = path
+            try:
+                return _read(path)
+            except UserError as error:
+                if path == candidates[-1] or isinstance(error, NewerVersionError):
+                    raise
+                following = candidates[candidates.index(path) + 1]
+                print(f"note: {error}; passed over for {following.name}", flush=True)
+        return None
 
     def load_net(self, weights: str) -> "nn.Module":
         """The network with weights of the checkpoint, in eval mode on the CPU.
@@ -104,6 +119,42 @@ class Run:
         check_architecture(net, states[weights], self.checkpoint)
         net.load_state_dict(states[weights])
         return net.eval()
+
+
+class NewerVersionError(UserError):
+    """A checkpoint that only a later version of this project can read."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint whose every byte is as it was written.
+
+    Raises:
+        UserError: when it is not.
+    """
+    import zipfile
+
+    import torch
+
+    try:
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch writes a CRC-32 of each part, and does not check it when it reads
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises anything
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); use another one") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "ema", "config"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint that src.train wrote; use one from <run>/checkpoints")
+    written = checkpoint.setdefault("format", 0)
+    if not isinstance(written, int) or written > FORMAT:
+        raise NewerVersionError(
+            f"{path} was written by a newer version (format {written}; this one reads up to {FORMAT}); update this "
+            "project"
+        )
+    return checkpoint
 
 
 def build_net(config: dict[str, Any]) -> "nn.Module":

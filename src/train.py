@@ -1,8 +1,9 @@
 """Trains a diffusion model: python -m src.train [group=option] [key=value] ..."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from src.cli import command
 from src.overrides import as_override, plain_value
@@ -17,6 +18,8 @@ class TrainConfig:
     label_dropout: float
     offset_noise: float
     run: str | None
+    resume: Literal["auto"] | None
+    metric: Literal["val/loss_ema"] | None
     overrides: list[str]
     choices: dict
     schedule: dict
@@ -37,6 +40,8 @@ class TrainConfig:
 def train(config: dict[str, Any], run_dir: Path) -> float:
     """Trains in `run_dir`, or continues the run that config["run"] names in its own folder.
 
+    With resume=auto, a run that `run_dir` holds already is continued: the same command, started again, goes on.
+
     Returns:
         val/loss_ema at the end: the number that a sweep compares.
     """
@@ -44,17 +49,25 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from hydra.types import RunMode
 
     from src.files import shown
+    from src.runs import CONFIG
     from src.training.fit import fit
     from src.training.stop import Stopped
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
+    if config["resume"] == "auto" and config["run"] is None and (run_dir / CONFIG).is_file():
+        config["run"] = str(run_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return fit(config, run_dir, sweep=Path(HydraConfig.get().sweep.dir).name if sweep else None)
     except Stopped as stopped:
         folder = Path(config["run"]) if config["run"] is not None else run_dir
         print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
-        raise SystemExit(128 + stopped.signum) from None
+        if stopped.requeue is not None:
+            stopped.requeue(stopped.signum, None)
+        code = config["trainer"]["requeue_code"]
+        if stopped.signum == signal.SIGINT or code is None:
+            code = 128 + (signal.SIGINT if stopped.signum == signal.SIGINT else signal.SIGTERM)
+        raise SystemExit(code) from None
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import importlib
 
 import torch
+
+from tests.reliability import write_page
 
 
 @dataclass
@@ -66,6 +69,29 @@ def _train(folder: Path, *overrides: str) -> Path:
     finally:
         sys.argv = argv
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="write what tests of faults measured into this page")
+
+
+@pytest.fixture(scope="session")
+def _faults(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    found: list[dict[str, Any]] = []
+    yield found
+    page = request.config.getoption("--reliability")
+    if page is not None:
+        write_page(page, found)
+
+
+@pytest.fixture
+def record(_faults: list[dict[str, Any]]) -> Callable[..., None]:
+    """Notes a fault that was survived: record("kill -9", tried=20, lost=3, note="...")."""
+
+    def note(fault: str, tried: int, lost: int, note: str) -> None:
+        _faults.append({"fault": fault, "tried": tried, "lost": lost, "note": note})
+
+    return note
 
 
 @pytest.fixture(autouse=True)

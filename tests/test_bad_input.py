@@ -49,8 +49,8 @@ TRAIN = [
     (["trainer.gradient_clip_norm=inf"], "trainer.gradient_clip_norm=inf is not a number"),
     (["trainer.devices=[0]"], "are indices of GPUs and there are none"),
     (
-        ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1000"],
-        "2 devices of data.batch_size=1000 take more",
+        ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=33"],
+        "data.batch_size=33 counts the images of all devices together, and 2 devices cannot share them evenly",
     ),
     (["trainer=fsdp"], "strategy=fsdp is not ready"),
     (["seed=-1"], "seed=-1 must lie between 0 and"),

@@ -13,7 +13,7 @@ from src.cli import CONF
 from src.runs import build_diffusion, build_net
 from src.train import TrainConfig
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance")
@@ -105,7 +105,14 @@ def flat(node: dict, path: str = "") -> dict:
 
 
 def test_no_yaml_is_without_a_test():
-    assert {path.parent.name for path in CONF.rglob("*.yaml")} == {*GROUPS, CONF.name}
+    assert {path.parent.name for path in CONF.rglob("*.yaml") if "hydra" not in path.parts} == {*GROUPS, CONF.name}
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "hydra" / "sweeper").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_option_of_a_search_builds(path):
+    node = OmegaConf.to_container(OmegaConf.load(path))
+    check(node, "")
+    build(node, "")
 
 
 def test_cifar10_is_ho_et_al_to_the_letter():

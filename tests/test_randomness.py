@@ -1,11 +1,14 @@
 """Noise that belongs to a sample, and the seeds behind it."""
 
+import itertools
+
 import pytest
 import torch
 
-from src.randomness import NoiseStream, generator, mix
+from src.randomness import NoiseStream, RowNoise, generator, mix, scramble
 
 SHAPE = (3, 8, 8)
+SCRAMBLED = [0, 1753845952, 1734902346, -1926627400, -867483356]  # of 0, 1, -1 and the ends, by arithmetic modulo 2^32
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,37 @@ def test_neighbouring_samples_and_steps_are_uncorrelated_standard_normals():
         assert correlations.mean().abs() < 5 / (n * len(a)) ** 0.5
     assert first.mean().abs() < 5 / first.numel() ** 0.5
     assert (first.var() - 1).abs() < 5 * (2 / first.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("total", [1, 5, 64, 65, 130, 300])
+def test_row_noise_does_not_depend_on_who_draws_which_rows(total):
+    """Catches noise that two devices, or two accumulated halves of a batch, would draw otherwise than one."""
+    noise = RowNoise(5, torch.device("cpu"))
+    whole = noise(3, range(total), total, (2, 3))
+    assert whole.shape == (total, 2, 3)
+    for parts in (1, 2, 3, 7):
+        cuts = sorted({round(total * k / parts) for k in range(parts + 1)})
+        drawn = [RowNoise(5, torch.device("cpu"))(3, range(a, b), total, (2, 3)) for a, b in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(drawn), whole)
+
+
+def test_row_noise_differs_by_step_and_seed_and_is_normal():
+    """Catches blocks or steps that share a seed: 300 rows are five blocks, and step 1 begins with a sixth."""
+    noise = RowNoise(5, torch.device("cpu"))
+    steps = torch.cat([noise(step, range(300), 300, (4,)) for step in range(20)])
+    assert len(steps.unique(dim=0)) == 6000
+    assert not torch.equal(RowNoise(6, torch.device("cpu"))(0, range(300), 300, (4,)), steps[:300])
+    assert abs(steps.mean().item()) < 5 / 24000**0.5
+    assert abs(steps.var().item() - 1) < 5 * (2 / 24000) ** 0.5
+
+
+def test_scramble_is_one_to_one_and_mixes():
+    """Catches an arithmetic shift that smears the sign bit, and a constant that torch turned into another."""
+    assert scramble(torch.tensor([0, 1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)).tolist() == SCRAMBLED
+    x = torch.arange(-(2**16), 2**16, dtype=torch.int32)
+    y = scramble(x)
+    assert len(y.unique()) == len(x)
+    for bit in range(31):
+        changed = scramble(x ^ (1 << bit)) ^ y
+        counts = sum((changed >> k & 1).double().mean().item() for k in range(32))
+        assert 15.9 < counts < 16.1

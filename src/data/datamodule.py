@@ -20,12 +20,16 @@ class ImageDataModule(LightningDataModule):
         dir: folder of the image files.
         channels, image_size: what the images must be; networks are built from these before any image is read.
         num_classes: how many different labels there are.
-        batch_size: images a device and step.
+        batch_size: images a batch, of all devices together.
         flip: mirror each training image with probability 1/2.
         val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
             by a fixed seed, where there is none.
         pad: pixels of black border on each side.
         seed: of the training order.
+
+    Attributes:
+        images_done: images of the training stream that were seen before.
+        restores: how often training went back to a checkpoint because it diverged; each time the order is another.
 
     Raises:
         UserError: when the images cannot be read, are not of the stated shape, or do not fill a batch.
@@ -57,7 +61,8 @@ class ImageDataModule(LightningDataModule):
         self.val_images = val_images
         self.pad = pad
         self.seed = seed
-        self._batches_done = 0
+        self.images_done = 0
+        self.restores = 0
         self._loaded = False
 
     def setup(self, stage: str | None = None) -> None:
@@ -105,10 +110,10 @@ class ImageDataModule(LightningDataModule):
             device,
             self.batch_size,
             self.flip,
-            self.seed,
+            self.seed if not self.restores else mix(self.seed, self.restores),
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            start=self._batches_done,
+            start=self.images_done,
         )
 
     def val_dataloader(self) -> EvalLoader:
@@ -122,12 +127,12 @@ class ImageDataModule(LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The loader's position: batches that training has consumed."""
+        """The loader's position: images that training has seen."""
         assert self.trainer is not None
-        return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+        return {"images_done": self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._batches_done = state_dict["batches_done"]
+        self.images_done = state_dict["images_done"]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -41,15 +41,19 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 class TrainLoader:
     """An endless stream of shuffled batches; training counts steps, and epochs are only a number it can report.
 
-    Order and flips are a pure function of (seed, epoch): each epoch is one permutation of all images, cut into global
-    batches of batch_size * world_size; a rank takes its part of each. What does not fill a batch waits for another
-    epoch's shuffle. `start` continues the stream after so many batches, as if they had been drawn.
+    The stream is one permutation of all images after another, each with flips of its own, a pure function of the seed:
+    image number k is the same whatever the batch size and the number of processes. Each image comes exactly once an
+    epoch; a batch may hold the end of one and the beginning of the next.
 
     Args:
         data: the images, on the device that trains when they fit there.
         device: where batches are wanted.
-        batch_size: images a rank and step.
+        batch_size: images a batch, of all ranks together; a rank takes its part of each.
         flip: mirror each image left to right with probability 1/2.
+        start: images of the stream that were seen before.
+
+    Raises:
+        ValueError: when the ranks cannot share a batch evenly, or a batch holds more than all images.
     """
 
     def __init__(
@@ -63,32 +67,41 @@ class TrainLoader:
         world_size: int = 1,
         start: int = 0,
     ) -> None:
+        if batch_size > len(data):
+            raise ValueError(f"{len(data)} images do not fill one batch of {batch_size}")
+        if batch_size % world_size:
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world_size} processes")
         self.data = data
         self.device = device
         self.batch_size = batch_size
         self.flip = flip
         self.seed = seed
         self.rank = rank
-        self.global_batch = batch_size * world_size
+        self.share = batch_size // world_size
         self.start = start
-        self.batches_per_epoch = len(data) // self.global_batch
-        if self.batches_per_epoch < 1:
-            raise ValueError(f"{len(data)} images do not fill one batch of {self.global_batch}")
+        self._epoch = -1
+        self._order = self._mirrored = torch.empty(0)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, batch = divmod(self.start, self.batches_per_epoch)
+        low = self.start + self.rank * self.share
         while True:
-            order, mirrored = self._epoch(epoch)
-            for b in range(batch, self.batches_per_epoch):
-                low = b * self.global_batch + self.rank * self.batch_size
-                yield self._batch(order[low : low + self.batch_size], mirrored[low : low + self.batch_size])
-            epoch, batch = epoch + 1, 0
+            yield self._batch(*self._draw(low, low + self.share))
+            low += self.batch_size
 
-    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        g = generator(mix(self.seed, 0xDA7A), epoch)
-        order = torch.randperm(len(self.data), generator=g)
-        mirrored = torch.rand(len(self.data), generator=g) < 0.5
-        return order.to(self.data.images.device), mirrored.to(self.data.images.device)
+    def _draw(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Images and flips number low to high of the stream."""
+        n = len(self.data)
+        epoch, first = divmod(low, n)
+        if epoch != self._epoch:
+            g = generator(mix(self.seed, 0xDA7A), epoch)
+            self._order = torch.randperm(n, generator=g).to(self.data.images.device)
+            self._mirrored = (torch.rand(n, generator=g) < 0.5).to(self.data.images.device)
+            self._epoch = epoch
+        part = self._order[first : first + high - low], self._mirrored[first : first + high - low]
+        if high <= (epoch + 1) * n:
+            return part
+        rest = self._draw((epoch + 1) * n, high)
+        return torch.cat([part[0], rest[0]]), torch.cat([part[1], rest[1]])
 
     def _batch(self, index: Tensor, mirrored: Tensor) -> Batch:
         images = self.data.images.index_select(0, index)

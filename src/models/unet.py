@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.dropout import Dropout
 from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, check_divisible
 from src.models.norm import group_norm
 from src.shapes import as_pair
@@ -39,7 +40,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels * (1 + scale_shift))
         self.norm2 = group_norm(out_channels, norm_groups, EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 

@@ -1,29 +1,24 @@
-"""Checkpoints: plain containers and tensors, written so that a reader sees the old file or the new one, never half."""
+"""When checkpoints are saved, and which are kept."""
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from src.files import save
-from src.runs import BEST, LAST
-from src.training.stop import Stop, Stopped
+from src.errors import UserError
+from src.files import shown
+from src.overrides import as_override
+from src.runs import BEST, FORMAT, LAST
+from src.training.guard import Guard
+from src.training.stop import Stop
 from src.training.units import Steps
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary in the same folder, flushes it to the disk, and renames it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(checkpoint, path)
+from src.training.writer import CheckpointWriter
 
 
 class Checkpoint(Callback):
-    """Keeps checkpoints/last.ckpt, every so many steps and at the end, and checkpoints/best.ckpt, by val/loss_ema.
+    """Keeps checkpoints/last.ckpt, every so many steps and at the end, previous.ckpt, and best.ckpt, by val/loss_ema.
 
     It is the last of the callbacks: what the others do after a step is in the checkpoint of that step.
 
@@ -31,8 +26,11 @@ class Checkpoint(Callback):
         run_dir: the run's folder.
         config: the resolved configuration, kept in the checkpoint so that the file alone rebuilds the model.
         stop: says whether a signal has asked to stop; then last.ckpt is saved and `Stopped` raised at the step's end.
+        guard: says whether the steps are good; in a row of bad ones nothing is saved.
+        writer: writes the files.
         every_n_steps: optimiser steps between two saves of last.ckpt.
         keep_every_n_steps: steps between two saves of checkpoints/step=<n>.ckpt, which stay; None for none.
+        on_failure: what follows when a file cannot be written, as on a full disk: training stops, or goes on without.
 
     Raises:
         ValueError: when a number is less than 1.
@@ -45,8 +43,11 @@ class Checkpoint(Callback):
         run_dir: Path,
         config: dict[str, Any],
         stop: Stop,
+        guard: Guard,
+        writer: CheckpointWriter,
         every_n_steps: Steps = 1000,
         keep_every_n_steps: Steps | None = None,
+        on_failure: Literal["stop", "continue"] = "stop",
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
@@ -55,49 +56,94 @@ class Checkpoint(Callback):
         self.run_dir = run_dir
         self.config = config
         self.stop = stop
+        self.guard = guard
+        self.writer = writer
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self.on_failure = on_failure
         self.best = float("inf")
+        self._best_on_disk = float("inf")
         self._saved_step = -1
-        self._kept_step = -1
+
+    @property
+    def last_seconds(self) -> float | None:
+        """That the latest file took to write, beside training."""
+        return self.writer.last_seconds
+
+    @property
+    def last_bytes(self) -> int | None:
+        """Size of the latest file."""
+        return self.writer.last_bytes
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.stop.signum is not None and self._at_step_end(trainer):
-            self._save_last(trainer)
-            raise Stopped(trainer.global_step, self.stop.signum)
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        if self.writer.failed():
+            self._settle()
+        if self.stop.asked(trainer):
+            self._settle()
+            self._save(trainer, [LAST])
+            self._settle(final=True)
+            trainer.strategy.barrier("stopped")  # all go on until the first has saved
+            raise self.stop.stopped(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch
         validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
-        if not validation_follows:
-            self._save_last_if_due(trainer)
+        if not validation_follows and (names := self._due(trainer.global_step)):
+            self._settle()
+            self._save(trainer, names)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves what is due at the step after its validation, so that it knows the best so far."""
+        self._settle()  # training waits for the save before; it may have been the best
+        names = self._due(trainer.global_step)
         loss = float(trainer.callback_metrics[self.MONITOR])
         if loss < self.best:
             self.best = loss
-            trainer.save_checkpoint(self.run_dir / BEST)
-        self._save_last_if_due(trainer)  # after the validation of its step, so that it knows the best so far
+            names.append(BEST)
+        self._save(trainer, names)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(final=trainer.global_step == self._saved_step)
         if trainer.global_step != self._saved_step:
-            self._save_last(trainer)
+            self._save(trainer, [LAST])
+            self._settle(final=True)
 
-    @staticmethod
-    def _at_step_end(trainer: Trainer) -> bool:
-        """Whether the gradients of all batches of the step are in."""
-        return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        with suppress(UserError):  # something else has gone wrong before, and is being said
+            self._settle()
 
-    def _save_last_if_due(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._saved_step:
-            self._save_last(trainer)
-        if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0 and step != self._kept_step:
-            self._kept_step = step
-            trainer.save_checkpoint(self.run_dir / LAST.with_name(f"step={step}.ckpt"))
+    def _due(self, step: int) -> list[Path]:
+        names = [LAST] if step % self.every_n_steps == 0 and step != self._saved_step else []
+        if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
+            names.append(LAST.with_name(f"step={step}.ckpt"))
+        return names
 
-    def _save_last(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.run_dir / LAST)
-        self._saved_step = trainer.global_step
+    def _save(self, trainer: Trainer, names: list[Path]) -> None:
+        """Saves under all names at once; what was saved last stays where it is while steps are bad."""
+        if not names or self.guard.in_trouble():
+            return
+        if LAST in names:
+            self._saved_step = trainer.global_step
+        first, *others = [self.run_dir / name for name in names]
+        trainer.save_checkpoint(first, storage_options=others)
+
+    def _settle(self, final: bool = False) -> None:
+        """Waits for the file on its way.
+
+        Raises:
+            UserError: when it could not be written, and training shall stop or is at its end.
+        """
+        try:
+            self.writer.wait()
+            self._best_on_disk = self.best
+        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of some
+            sentence = f"a checkpoint could not be written to {shown(self.run_dir)} ({error}); the one before it stands"
+            if final or self.on_failure == "stop":
+                way_on = as_override("run", shown(self.run_dir))
+                raise UserError(f"{sentence}; make room and go on with python -m src.train {way_on}") from error
+            self._saved_step, self.best = -1, self._best_on_disk
+            print(f"note: {sentence}, and training goes on", flush=True)
 
     # The best loss so far survives a resume; the configuration goes along for readers of the file.
 
@@ -105,7 +151,8 @@ class Checkpoint(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = self._best_on_disk = state_dict["best"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+        checkpoint["format"] = FORMAT

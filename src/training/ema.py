@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.training.averages import Average, Constant, HalfLife, Power
+from src.training.masters import MasterWeights, full_precision
 from src.training.snapshots import POSTHOC, write_snapshot
 from src.training.units import Images, Steps
 
@@ -70,17 +71,19 @@ class EMA(Callback):
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.run_dir = run_dir
         self._net: nn.Module | None = None
-        self._weights: list[Tensor] = []
+        self._weights: list[Tensor] = []  # what is averaged,
+        self._own: list[Tensor] = []  # and what the network computes with: the same, or rounded
         self._shadows: dict[str, list[Tensor]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._step = 0
         self._snapshot_step = -1
 
-    def attach(self, net: nn.Module) -> None:
+    def attach(self, net: nn.Module, masters: MasterWeights | None = None) -> None:
         """Starts each average from the one that a checkpoint brought, or else from the network's present weights."""
         self._net = net
-        named = dict(net.named_parameters())
+        named = dict(full_precision(net, masters))
         self._weights = [p.detach() for p in named.values()]
+        self._own = [p.detach() for p in net.parameters()]
         for name in self.averages:
             source = self._loaded.get(name, named)
             self._shadows[name] = [
@@ -101,12 +104,12 @@ class EMA(Callback):
     @torch.no_grad()
     def swapped(self) -> Iterator[None]:
         """The network computes with the primary average inside, with its own weights again after, whatever happens."""
-        own = [w.clone() for w in self._weights]
-        torch._foreach_copy_(self._weights, self._shadows[PRIMARY])
+        own = [w.clone() for w in self._own]
+        torch._foreach_copy_(self._own, self._shadows[PRIMARY])
         try:
             yield
         finally:
-            torch._foreach_copy_(self._weights, own)
+            torch._foreach_copy_(self._own, own)
 
     def state_dict_of_net(self, name: str = PRIMARY) -> dict[str, Tensor]:
         """An average under the names of the network's state_dict, buffers as they are."""
@@ -117,7 +120,7 @@ class EMA(Callback):
     # What Lightning calls.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.attach(pl_module.net)  # type: ignore[arg-type]
+        self.attach(pl_module.net, pl_module.masters)  # type: ignore[arg-type]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step  # that of a continued run is known only now

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
-from src.randomness import NoiseStream, mix, seed_device
+from src.models.dropout import Dropout, give_keys
+from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
+from src.runs import net_state
+from src.training.by_level import LossByLevel
 from src.training.ema import EMA
+from src.training.guard import Guard
 from src.training.lr import Constant
+from src.training.masters import MasterWeights
 
 GOLDEN_RATIO = 0.6180339887498949
 QUARTERS = 4
@@ -28,11 +33,13 @@ class DiffusionModule(LightningModule):
         lr_schedule: factor on the learning rate at (step, max_steps).
         gradient_clip_norm: largest norm of the whole gradient; None for no clipping.
         ema: the average to validate beside the raw weights.
+        guard: says which steps to leave out.
         label_dropout: probability that an image trains without its label, which is what classifier-free guidance needs;
             of no account for a network without labels.
-        seed: all randomness of a step follows from (seed, step, rank).
+        seed: all randomness of a step follows from (seed, step, row of its batch).
         offset_noise: standard deviation of what is added to a whole channel's noise (Guttenberg 2023, "Diffusion with
             Offset Noise", who uses 0.1); 0 for none.
+        masters: the weights of a network that computes in bfloat16.
     """
 
     def __init__(
@@ -43,9 +50,11 @@ class DiffusionModule(LightningModule):
         lr_schedule: Constant,
         gradient_clip_norm: float | None,
         ema: EMA,
+        guard: Guard,
         seed: int,
         label_dropout: float = 0.1,
         offset_noise: float = 0.0,
+        masters: MasterWeights | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -55,12 +64,23 @@ class DiffusionModule(LightningModule):
         self.lr_schedule = lr_schedule
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
+        self.guard = guard
+        self.masters = masters
         self.seed = seed
         self.label_dropout = label_dropout
         self.offset_noise = offset_noise
         self.num_classes: int | None = getattr(net, "num_classes", None)
         self.self_conditioning: bool = getattr(net, "self_conditioning", False)
+        self.dropouts = [layer for layer in net.modules() if isinstance(layer, Dropout)]
+        self.loss_by_level = LossByLevel()
+        self.seen: list[Tensor] = []  # of each part of the step so far: its loss, losses and u, (3, B)
         self.grad_norm: Tensor | None = None
+
+    def on_fit_start(self) -> None:
+        if self.masters is not None:
+            self.masters.to(self.device)
+        self.noise = RowNoise(mix(self.seed, 3), self.device)
+        self.channel_noise = RowNoise(mix(self.seed, 4), self.device)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """See `GaussianDiffusion.q_sample`."""
@@ -72,36 +92,63 @@ class DiffusionModule(LightningModule):
         """See `GaussianDiffusion.p_losses`: the loss of each image, (B,)."""
         return self.diffusion.p_losses(self.net, x0, t, noise, y, self_condition)
 
-    def drop_labels(self, y: Tensor) -> Tensor | None:
-        """Each image's own label, or "none" with probability label_dropout (Algorithm 1, Ho & Salimans 2022)."""
+    def drop_labels(self, y: Tensor, u: Tensor) -> Tensor | None:
+        """Each image's own label, or "none" where u < label_dropout (Algorithm 1, Ho & Salimans 2022).
+
+        Args:
+            y: (B,) int64.
+            u: (B,) uniform in [0, 1).
+        """
         if self.num_classes is None:
             return None
-        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
-        return y.masked_fill(dropped, self.num_classes)
+        return y.masked_fill(u < self.label_dropout, self.num_classes)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        accumulate = self.trainer.accumulate_grad_batches
-        micro_step = self.global_step * accumulate + batch_idx % accumulate
-        seed_device(self.device, mix(self.seed, self.global_rank) + micro_step)
+    @property
+    def accumulated(self) -> int:
+        """Batches that make up a step."""
+        return self.trainer.accumulate_grad_batches
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x0 = batch.x0
-        density = self.diffusion.density
-        u = self.diffusion.draw_u(len(x0), x0.device)
-        t = self.diffusion.schedule.time(u)
-        self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a batch, drawn on the CPU
-        losses = self.p_losses(x0, t, self.draw_noise(x0), self.drop_labels(batch.label), self_condition)
-        loss = density.correct(losses, u).mean()
-        if density.learns:
-            both: Any = self.all_gather(torch.stack([losses.detach().float(), u]))  # (2, B), or (processes, 2, B)
-            density.learn(*both.movedim(-2, 0).flatten(1))
+        part = batch_idx % self.accumulated
+        losses, u = self.losses(batch, part, self.global_step)
+        loss = self.diffusion.density.correct(losses, u).mean()
+        self.seen = (self.seen if part else []) + [torch.stack([loss.detach().expand_as(u), losses.detach(), u])]
+        if part == self.accumulated - 1 and self.diffusion.density.learns:
+            seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
+            self.diffusion.density.learn(*seen.movedim(-2, 0)[1:].movedim(1, -2).flatten(1))
         return loss
 
-    def draw_noise(self, x0: Tensor) -> Tensor:
-        """Standard normal noise like x0; with offset_noise, plus that much of one number an image and channel."""
-        noise = torch.randn_like(x0)
+    def losses(self, batch: Batch, part: int, step: int) -> tuple[Tensor, Tensor]:
+        """The loss of each image, and the u that it was asked at, (B,) both.
+
+        What is random is a function of (seed, step, row of the step's batch), whatever processes and parts share it.
+
+        Args:
+            part: which of the step's accumulated batches this is.
+            step: the step, counted from 0.
+        """
+        x0 = batch.x0
+        parts = self.trainer.world_size * self.accumulated
+        total = len(x0) * parts
+        first = len(x0) * (part * self.trainer.world_size + self.global_rank)
+        rows = range(first, first + len(x0))
+        seed_device(x0.device, mix(self.seed, 1) + step)
+        u = self.diffusion.draw_u(total, x0.device)[first : rows.stop]
+        label_u = torch.rand(total, device=x0.device)[first : rows.stop]
+        self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a step, drawn on the CPU
+        seed_device(x0.device, mix(self.seed, self.global_rank) + step * parts + part)  # for what networks draw
+        numbers = torch.arange(first, rows.stop, device=x0.device, dtype=torch.int32)
+        give_keys(self.dropouts, scramble(numbers * GOLDEN ^ (mix(self.seed, 2, step) - 2**31)))
+        t = self.diffusion.schedule.time(u)
+        noise = self.draw_noise(step, rows, total, x0)
+        return self.p_losses(x0, t, noise, self.drop_labels(batch.label, label_u), self_condition), u
+
+    def draw_noise(self, step: int, rows: range, total: int, like: Tensor) -> Tensor:
+        """Standard normal noise of those rows of a step's batch; with offset_noise, plus that much of one number an
+        image and channel."""
+        noise = self.noise(step, rows, total, like.shape[1:])
         if self.offset_noise:
-            noise += self.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=x0.device)
+            noise += self.offset_noise * self.channel_noise(step, rows, total, (like.shape[1], 1, 1))
         return noise
 
     def on_validation_epoch_start(self) -> None:
@@ -137,22 +184,44 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["density"] = self.diffusion.density.state_dict()
+        if self.masters is not None:
+            checkpoint["state_dict"].update({f"net.{name}": weight for name, weight in self.masters.named()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
+        if self.masters is not None:
+            self.masters.load(net_state(checkpoint["state_dict"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.make_optimizer(p for p in self.parameters() if p.requires_grad)
+        weights: Iterable[Any] = self.net.parameters() if self.masters is None else self.masters.parameters
+        of_loss = () if self.loss is None else self.loss.parameters()
+        optimizer = self.make_optimizer(p for p in (*weights, *of_loss) if p.requires_grad)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips by the total norm and keeps it for the log; Lightning's own refuses fused optimisers."""
+        if self.masters is not None:
+            self.masters.take_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
+        loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
+        bad = self.guard.inspect(self.trainer.strategy.reduce(loss, reduce_op="mean"), self.grad_norm)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        elif bad:
+            for parameter in parameters:
+                parameter.grad = None
+        _, losses, u = torch.cat(self.seen, dim=1)
+        self.loss_by_level.add(u, losses, bad)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.masters is not None:
+            self.masters.give_weights()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         factor = self.lr_schedule(self.global_step, self.trainer.max_steps)

@@ -37,7 +37,7 @@ else:
 
 
 def in_steps(node: Any, images_per_step: int) -> Any:
-    """A copy of a configuration in which each setting named ...steps is a number of steps, rounded, 1 at least.
+    """A copy of a configuration in which each setting that is named ...steps is a number of steps, rounded, at least 1.
 
     Args:
         images_per_step: of all devices and accumulated batches together.

@@ -39,7 +39,7 @@ def test_a_run_folder_holds_what_the_readme_promises(smoke_run):
     config = yaml.safe_load((smoke_run / "config.yaml").read_text())
     assert config["schedule"]["beta_end"] == 0.02
     assert "${" not in (smoke_run / "config.yaml").read_text()
-    assert {"last.ckpt", "best.ckpt"} == {p.name for p in (smoke_run / "checkpoints").iterdir()}
+    assert {"last.ckpt", "previous.ckpt", "best.ckpt"} == {p.name for p in (smoke_run / "checkpoints").iterdir()}
     assert {"step=10.png", "step=20.png"} == {p.name for p in (smoke_run / "samples").iterdir()}
     assert Image.open(smoke_run / "samples" / "step=20.png").size == (37 * 8, 37 * 8)  # 4 x 4 of 8x8, gaps of 1, by 8
     leftovers = [p for p in smoke_run.rglob("*") if p.name.startswith(".") or "tmp" in p.suffix]
@@ -167,9 +167,9 @@ def test_a_compiled_network_in_channels_last_keeps_its_parameters_names(tmp_path
 
     net = UNet(1, 8, base_channels=16, channel_mults=(1, 2), num_res_blocks=1)
     names = list(net.state_dict())
-    prepared = TrainerSettings(accelerator="cpu", compile=True, channels_last=True).prepare(net)
-    assert list(prepared.state_dict()) == names
-    assert prepared.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    TrainerSettings(accelerator="cpu", compile=True, channels_last=True).prepare(net)
+    assert list(net.state_dict()) == names
+    assert net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_it_prints_progress_and_where_things_lie(command, tmp_path):

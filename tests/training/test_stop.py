@@ -62,13 +62,15 @@ def test_a_signal_stops_at_the_steps_end_and_loses_nothing(command, tmp_path, nu
     assert [row["val/loss_ema"] != "" for row in rows(whole)] == [row["val/loss_ema"] != "" for row in rows(stopped)]
 
 
-def test_without_last_but_with_best_nothing_is_written_over(command, copied_run):
-    (copied_run / "checkpoints" / "last.ckpt").unlink()
-    best = (copied_run / "checkpoints" / "best.ckpt").read_bytes()
-    outcome = command("train", f"run={copied_run}", "trainer.max_steps=30")
-    assert outcome.code == 2
-    assert "continue from the best with run=" in outcome.err
-    assert (copied_run / "checkpoints" / "best.ckpt").read_bytes() == best
+@pytest.mark.parametrize("missing", [["last.ckpt"], ["last.ckpt", "previous.ckpt"]])
+def test_any_whole_checkpoint_is_continued_from(command, smoke_run, copied_run, tmp_path, missing):
+    for name in missing:
+        (copied_run / "checkpoints" / name).unlink()
+    assert command("train", f"run={copied_run}", "trainer.max_steps=30").code == 0
+    whole = Path(shutil.copytree(smoke_run, tmp_path / "whole"))
+    assert command("train", f"run={whole}", "trainer.max_steps=30").code == 0
+    wa, wb = weights(whole), weights(copied_run)
+    assert all(torch.equal(wa[name], wb[name]) for name in wa)
 
 
 @pytest.mark.parametrize(

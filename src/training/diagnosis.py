@@ -1,0 +1,51 @@
+"""Where a bad step began: the noise level of the worst image, and the layer that broke first."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.data.loader import Batch
+
+
+@torch.enable_grad()
+def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
+    """Computes the batch again, which draws the same noise, and says in words what was wrong.
+
+    Args:
+        module: the DiffusionModule after the step.
+    """
+    part = batch_idx % module.accumulated
+    weights = [name for name, p in module.net.named_parameters() if not torch.isfinite(p).all()]
+    outputs: list[str] = []  # of layers whose output is not finite, in order
+    names = {layer: name for name, layer in module.net.named_modules() if name and not list(layer.children())}
+
+    def look(layer: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            outputs.append(names[layer])
+
+    hooks = [layer.register_forward_hook(look) for layer in names]
+    try:
+        with module.trainer.precision_plugin.forward_context():
+            losses, u = module.losses(batch, part, module.global_step - 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    schedule = module.diffusion.schedule
+    worst = int(losses.detach().nan_to_num(nan=torch.inf).argmax())
+    t = schedule.time(u[worst : worst + 1])
+    alpha, sigma = (float(v) for v in schedule.level(t))
+    level = f"the largest loss, {float(losses[worst]):.3g}, is at noise level t={float(t):g} "
+    level += f"(alpha {alpha:.3g}, sigma {sigma:.3g})"
+    if weights:
+        return f"{level}; the weights {weights[0]} are not finite"
+    if outputs:
+        return f"{level}; the layer {outputs[0]} is the first whose output is not finite"
+    parameters = [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(losses.mean(), [p for _, p in parameters], allow_unused=True)
+    gradients = [(name, g) for (name, _), g in zip(parameters, found, strict=True) if g is not None]
+    for name, gradient in reversed(gradients):  # backward comes from the end
+        if not torch.isfinite(gradient).all():
+            return f"{level}; the gradient of {name} is the first that is not finite"
+    name, gradient = max(gradients, key=lambda pair: float(pair[1].norm()))
+    return f"{level}; the gradient of {name} is the largest, {float(gradient.norm()):.3g}"

@@ -1,0 +1,48 @@
+"""One process at a time trains in a run's folder."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from src.errors import UserError
+
+
+class Lock:
+    """A lock on a folder that its holder takes with it when it dies, however it dies.
+
+    The file <folder>/.lock names the holder; what locks is the kernel's lock on it (flock), so a file that is left
+    behind after a kill -9 locks nobody out.
+
+    Raises:
+        UserError: when another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        while True:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
+                os.close(self._file)
+                raise UserError(
+                    f"{folder} is being trained in by {holder}; wait for it, stop it, or choose another folder"
+                ) from error
+            if self._is_there():
+                break
+            os.close(self._file)  # its last holder has just taken it away
+        os.ftruncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Takes the file away and lets go."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)

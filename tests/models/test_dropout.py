@@ -1,0 +1,73 @@
+"""Dropout by row: rate, scale, and masks that go with their rows."""
+
+import pytest
+import torch
+
+from src.models.dropout import Dropout, give_keys
+from src.models.unet import UNet
+
+
+def layer(p: float, rows: torch.Tensor) -> Dropout:
+    dropout = Dropout(p)
+    give_keys([dropout], rows)
+    return dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_rate_and_scale(p):
+    """Five standard deviations of a binomial, over all and at each of 49 places; what is kept is divided by 1 - p."""
+    x = torch.ones(4000, 7, 7)
+    y = layer(p, torch.arange(4000, dtype=torch.int32))(x)
+    dropped = (y == 0).double()
+    assert dropped.mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
+    assert (dropped.mean(0) - p).abs().max().item() < 5 * (p * (1 - p) / 4000) ** 0.5
+    assert y[y != 0].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
+
+
+def test_a_mask_goes_with_its_row():
+    """Catches masks that depend on the batch around a row, which is what splits over devices change."""
+    x = torch.randn(8, 3, 5, 5)
+    rows = torch.tensor([5, 3, 9, 1, 0, 2, 7, 100], dtype=torch.int32)
+    whole = layer(0.3, rows)(x)
+    for part in (slice(0, 1), slice(2, 7), slice(7, 8)):
+        assert torch.equal(layer(0.3, rows[part])(x[part]), whole[part])
+    assert len({tuple((row != 0).flatten().tolist()) for row in whole}) == 8
+
+
+def test_layers_have_masks_of_their_own():
+    first, second = Dropout(0.5), Dropout(0.5)
+    give_keys([first, second], torch.arange(4, dtype=torch.int32))
+    x = torch.ones(4, 1000)
+    agree = ((first(x) == 0) == (second(x) == 0)).double().mean().item()
+    assert agree == pytest.approx(0.5, abs=5 * 0.5 / 4000**0.5)
+
+
+def test_without_keys_or_in_eval_it_is_torchs():
+    x = torch.randn(4, 100)
+    torch.manual_seed(1)
+    ours = Dropout(0.4)(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours, torch.nn.Dropout(0.4)(x))
+    keyed = layer(0.4, torch.arange(4, dtype=torch.int32))
+    assert torch.equal(keyed.eval()(x), x)
+    assert torch.equal(layer(0.0, torch.arange(4, dtype=torch.int32))(x), x)
+
+
+def test_the_gradient_is_masked_alike_and_types_stay():
+    x = torch.randn(4, 33, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(0.5, torch.arange(4, dtype=torch.int32))(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0)
+
+
+def test_a_compiled_network_follows_new_keys():
+    """Catches keys that a compiled graph has taken for constants."""
+    net = UNet(1, 8, base_channels=16, channel_mults=(1,), num_res_blocks=1, dropout=0.5).train()
+    torch.nn.init.normal_(net.conv_out.weight)
+    layers = [m for m in net.modules() if isinstance(m, Dropout)]
+    compiled = torch.compile(net, backend="aot_eager")
+    x, t = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    for start in (0, 2, 4):
+        give_keys(layers, torch.arange(start, start + 2, dtype=torch.int32))
+        torch.testing.assert_close(compiled(x, t), net(x, t), atol=1e-5, rtol=1e-5)
