@@ -107,9 +107,10 @@ def _rebuild(
         for average in headers[n]:
             state = weights[average]
             check_architecture(net, state, path)
-            for total, share in zip(sums, shares[n, average], strict=True):
-                for name in total:
-                    total[name].add_(state[name], alpha=share)
+            for name in sums[0]:
+                w = state[name].double()  # once: adding float32 to float64 converts an element at a time
+                for total, share in zip(sums, shares[n, average], strict=True):
+                    total[name].add_(w, alpha=share)
     states = [{**state, **{name: w.float() for name, w in total.items()}} for total in sums]  # buffers: of the last
     return list(zip(states, residuals.tolist(), strict=True))
 
