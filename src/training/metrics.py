@@ -40,8 +40,9 @@ class LossByLevel:
         if self.sums is None:
             self.sums = torch.zeros(2, BINS, device=losses.device)
         bins = (u * BINS).long().clamp_(max=BINS - 1)
-        self.sums[0].index_add_(0, bins, losses)
-        self.sums[1].index_add_(0, bins, torch.ones_like(losses))
+        sums, counts = self.sums
+        sums.index_add_(0, bins, losses)
+        counts.index_add_(0, bins, torch.ones_like(losses))
 
 
 class TrainMetrics(Callback):
@@ -207,9 +208,8 @@ class TrainMetrics(Callback):
         }
         if self._batches:
             sums = self._sums(pl_module)
-            state["sums"] = (
-                trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
-            )  # (devices, 1 + 2 BINS)
+            gathered = trainer.strategy.all_gather(sums).reshape(-1, len(sums))  # (devices, 1 + 2 BINS)
+            state["sums"] = gathered.cpu().clone()
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 state["table"] = logger.table()
