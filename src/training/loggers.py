@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from src.errors import UserError
-from src.files import shown, tolerated
+from src.files import tolerated
 from src.training.wandb_tracker import FINISH_SECONDS, WandbTracker
 
 WANDB_ID = "wandb_id.txt"
@@ -90,7 +90,7 @@ def wandb(
         id_file.write_text(run_id + "\n")
     tracker = WandbTracker(run, run_dir if artifact else None)
     if offline:
-        print(f"W&B is offline ({offline}); later: wandb sync {shown(tracker.folder)}", flush=True)
+        print(f"W&B is offline ({offline}); later: wandb sync {tracker.sync_arguments}", flush=True)
     return tracker
 
 

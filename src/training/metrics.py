@@ -178,9 +178,8 @@ class TrainMetrics(Callback):
         }
         if self._loss_sum is not None:
             sums = self._sums(pl_module)
-            state["sums"] = (
-                trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
-            )  # (devices, 2 + 2 BINS)
+            gathered = trainer.strategy.all_gather(sums).reshape(-1, len(sums))  # (devices, 2 + 2 BINS)
+            state["sums"] = gathered.cpu().clone()
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 state["table"] = logger.table()

@@ -54,8 +54,13 @@ class WandbTracker(Logger):
 
     @property
     def folder(self) -> Path:
-        """What `wandb sync` takes."""
+        """Where W&B keeps the run."""
         return Path(self.run.dir).parent
+
+    @property
+    def sync_arguments(self) -> str:
+        """What `wandb sync` takes; it would pass over a run that began online."""
+        return ("" if self.run.offline else "--include-online ") + str(shown(self.folder))
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
 
@@ -95,7 +100,7 @@ class WandbTracker(Logger):
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive() or not self._answered:
             self._give_up()
-            print(f"W&B did not answer; later: wandb sync {shown(self.folder)}", flush=True)
+            print(f"W&B did not answer; later: wandb sync {self.sync_arguments}", flush=True)
         elif self._dropped:
             print(f"W&B was too slow for {self._dropped} calls; metrics.csv has all metrics", flush=True)
 

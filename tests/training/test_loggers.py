@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -243,7 +244,8 @@ def test_training_does_not_wait_for_wandb(tmp_path, wrong):
         watch = {"out": longest, "wrong": wrong, "url": server.url, "after_step": 5}
         arguments = [
             *("experiment=smoke", "logger=wandb", "trainer.max_steps=40", "trainer.log_every_n_steps=1"),
-            *("callbacks.samples.num_samples=1", "trainer.val_every_n_steps=40"),
+            *("callbacks.samples.num_samples=1", "callbacks.checkpoint.every_n_steps=40"),
+            "trainer.val_every_n_steps=40",
             f"+callbacks.watch._target_={Watch.__module__}.Watch",
             *(f"+callbacks.watch.{name}={value}" for name, value in watch.items()),
         ]
@@ -260,8 +262,12 @@ def test_training_does_not_wait_for_wandb(tmp_path, wrong):
     assert result.returncode == 0, result.stderr
     assert float(longest.read_text()) < 1.0
     assert [int(row["step"]) for row in rows(run)] == list(range(1, 41))
-    assert "W&B did not answer; later: wandb sync " in result.stdout
-    folder = Path(result.stdout.partition("W&B did not answer; later: wandb sync ")[2].splitlines()[0])
-    (file,) = folder.glob("run-*.wandb")
-    if wrong != "stall":  # a process that was stopped could not write
-        assert set(range(1, 41)) <= {row.step.num for row in records(file)["history"]}
+    said = re.search(r"W&B did not answer; later: wandb (sync --include-online (.*))\n", result.stdout)
+    assert said is not None
+    assert list(Path(said[2]).glob("run-*.wandb"))
+    if wrong != "stall":  # a process that was stopped has written nothing
+        with FakeServer() as server:
+            sync = [sys.executable, "-m", "wandb", *said[1].split()]
+            environment = {**others, **online, "WANDB_BASE_URL": server.url}
+            subprocess.run(sync, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+        assert {row["_step"] for row in server.history} == set(range(1, 41))

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from src.training.hardware import memory_bytes, peak_flops
-from src.training.metrics import BINS, LossByLevel
+from src.training.metrics import BINS, LossByLevel, TrainMetrics
 from src.training.metrics_csv import MetricsCSV
 from tests.helpers import rows
 
@@ -242,9 +243,24 @@ def test_the_sums_of_an_unfinished_row_survive_a_stop(command, tmp_path):
     assert by_level[1, -1] >= 40
 
 
-def test_two_processes_log_the_mean_of_both_and_continue_with_it(tmp_path):
-    """Two devices; then the same on one, which goes on from the mean of what the two had summed up."""
+def test_sums_of_two_devices_go_on_as_their_mean_on_one():
+    def state(trainer):
+        metrics = TrainMetrics(5, (1, 8, 8))
+        sums = torch.arange(2 * (1 + 2 * BINS), dtype=torch.float32).reshape(2, -1)
+        saved = {"TrainMetrics": {"images_seen": 7, "batches": 3, "sums": sums}}
+        module = SimpleNamespace(loss_by_level=LossByLevel())
+        metrics.on_load_checkpoint(trainer, module, {"callbacks": saved})
+        assert metrics.images_seen == 7
+        return metrics._sums(module), sums
 
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    mine, sums = state(SimpleNamespace(world_size=2, global_rank=1, strategy=strategy))
+    assert torch.equal(mine, sums[1])
+    mine, sums = state(SimpleNamespace(world_size=1, global_rank=0, strategy=strategy))
+    assert torch.equal(mine, sums.mean(0))
+
+
+def test_two_processes_log_the_mean_of_both_and_resume_to_the_bit(tmp_path):
     def train(*arguments):
         subprocess.run(
             [sys.executable, "-m", "src.train", *arguments],
@@ -257,8 +273,8 @@ def test_two_processes_log_the_mean_of_both_and_continue_with_it(tmp_path):
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = ["experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    train(*arguments, "trainer.max_steps=10", "trainer.val_every_n_steps=10", f"hydra.run.dir={whole}")
-    train(*arguments, "trainer.max_steps=8", "trainer.val_every_n_steps=10", f"hydra.run.dir={stopped}")
+    train(*arguments, "trainer.max_steps=10", f"hydra.run.dir={whole}")
+    train(*arguments, "trainer.max_steps=8", f"hydra.run.dir={stopped}")
     sums = partial_sums(stopped)
     assert sums.shape == (2, 1 + 2 * BINS)
     assert sums[0, 0] != sums[1, 0]
