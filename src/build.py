@@ -133,8 +133,10 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def _as_argument(value: Any, path: str) -> Any:
-    if isinstance(value, Mapping) and "_target_" in value:
-        return build(value, path)
+    if isinstance(value, Mapping):
+        return (
+            build(value, path) if "_target_" in value else {k: _as_argument(v, join(path, k)) for k, v in value.items()}
+        )
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -30,6 +30,7 @@ from src.build import check, check_arguments, check_seed, unknown_key
 from src.devices import claim_gpu
 from src.errors import UserError
 from src.launch import launched, rank, stamp
+from src.training.units import share
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -48,6 +49,7 @@ def _register_stamp(resumes: bool = False) -> None:
 
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
+OmegaConf.register_new_resolver("share", share, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
 _register_stamp()
 Task = Callable[[dict[str, Any], Path], Any]
@@ -119,7 +121,8 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
                 plain[key] = str(plain[key])
         check_arguments(schema, plain, "")
         check(plain, "")
-        check_seed("seed", plain["seed"])
+        if "seed" in plain:
+            check_seed("seed", plain["seed"])
         _check_writable(run_dir)
         return task(plain, run_dir)
     except UserError as error:

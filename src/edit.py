@@ -30,7 +30,7 @@ class EditConfig:
     labels: str | list[int] | None
     batch_size: int
     seed: int
-    weights: Literal["ema", "raw"]
+    weights: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["32-true", "bf16-mixed"]
 

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.cli import command
+from src.overrides import same_job
 
 if TYPE_CHECKING:
     from src.data.sources import ImageSet
+    from src.evaluation.likelihood import Subject
+    from src.processes import Group
     from src.runs import Run
 
 
@@ -21,8 +24,9 @@ class EvaluateConfig:
     num_images: int | None
     batch_size: int
     seed: int
-    weights: Literal["ema", "raw"]
+    weights: str
     device: Literal["auto", "cpu", "cuda", "mps"]
+    devices: int | Literal["auto"]
     precision: Literal["32-true"]
     vlb: dict
     ode: dict
@@ -34,9 +38,42 @@ def evaluate(config: dict[str, Any], out: Path) -> None:
     Raises:
         UserError: for whatever the user can mend, before anything is written.
     """
+    from src.processes import on_devices
+
+    on_devices(
+        lambda group: score(config, out, group), lambda: same_job("evaluate", out), config["devices"], config["device"]
+    )
+
+
+def score(config: dict[str, Any], out: Path, group: "Group") -> None:
+    """`evaluate`, in each process of a group; the first has the scores, prints and writes."""
     import json
     import time
 
+    from src.build import refusals
+    from src.files import replacing
+
+    run, subject, scores = _prepare(config, group)
+    if group.first:
+        devices = subject.device.type if group.size == 1 else f"{group.size} x {subject.device.type}"
+        print(f"{len(subject.data)} validation images, {run.checkpoint}, {config['weights']} weights, {devices}")
+    metrics: dict[str, Any] = {}
+    for name, compute in scores.items():
+        start = time.perf_counter()
+        with refusals(name):
+            metrics[name] = compute(subject)
+        metrics[name]["seconds"] = time.perf_counter() - start
+    if not group.first:
+        return
+    metrics["stamp"] = _stamp(config, run, len(subject.data), str(subject.device))
+    print(_table(metrics))
+    with replacing(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    print(f"  {out / 'metrics.json'}")
+
+
+def _prepare(config: dict[str, Any], group: "Group") -> tuple["Run", "Subject", dict[str, Any]]:
+    """The run, what is scored of it, and the scores by name, none of which refuses."""
     import torch
 
     from src.build import build, refusals
@@ -44,39 +81,28 @@ def evaluate(config: dict[str, Any], out: Path) -> None:
     from src.errors import UserError
     from src.evaluation.likelihood import Subject
     from src.evaluation.sampling import choose_device
-    from src.files import replacing
     from src.runs import Run, build_diffusion
 
-    if config["batch_size"] < 1:
-        raise UserError(f"batch_size={config['batch_size']} must be at least 1")
-    run, device = Run(config["run"]), choose_device(config["device"])
-    torch.backends.cudnn.allow_tf32 = False  # three digits would be the solver's error
-    diffusion = build_diffusion(run.config)
-    net = run.load_net(config["weights"]).to(device)
-    data = _images(run, config["num_images"])
-    names = config["bits"]
-    if names == []:
-        raise UserError("bits=[] names nothing to compute; choose [vlb], [ode], or null for both")
-    if names is None:
-        names = ["vlb", "ode"] if isinstance(diffusion.schedule, DiscreteSchedule) else ["ode"]
-    scores = {name: build(config[name], name) for name in dict.fromkeys(names)}
-    subject = Subject(diffusion, net, data, config["batch_size"], config["seed"])
-    for name, score in scores.items():
-        with refusals(name):
-            score.refuse(subject)
-
-    print(f"{len(data)} validation images, {run.checkpoint}, {config['weights']} weights, {device.type}")
-    metrics: dict[str, Any] = {}
-    for name, score in scores.items():
-        start = time.perf_counter()
-        with refusals(name):
-            metrics[name] = score(subject)
-        metrics[name]["seconds"] = time.perf_counter() - start
-    metrics["stamp"] = _stamp(config, run, len(data), str(device))
-    print(_table(metrics))
-    with replacing(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    print(f"  {out / 'metrics.json'}")
+    with group.agreement():
+        if config["batch_size"] < 1:
+            raise UserError(f"batch_size={config['batch_size']} must be at least 1")
+        run, device = Run(config["run"]), choose_device(config["device"])
+        torch.backends.cudnn.allow_tf32 = False  # three digits would be the solver's error
+        diffusion = build_diffusion(run.config)
+        net = run.load_net(config["weights"]).to(device)
+    data = group.in_turn(lambda: _images(run, config["num_images"]))
+    with group.agreement():
+        names = config["bits"]
+        if names == []:
+            raise UserError("bits=[] names nothing to compute; choose [vlb], [ode], or null for both")
+        if names is None:
+            names = ["vlb", "ode"] if isinstance(diffusion.schedule, DiscreteSchedule) else ["ode"]
+        scores = {name: build(config[name], name) for name in dict.fromkeys(names)}
+        subject = Subject(diffusion, net, data, config["batch_size"], config["seed"], group)
+        for name, compute in scores.items():
+            with refusals(name):
+                compute.refuse(subject)
+    return run, subject, scores
 
 
 def _images(run: "Run", num_images: int | None) -> "ImageSet":

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -21,6 +22,30 @@ def remove_temporaries(folder: Path) -> None:
     """Removes what writers that were killed have left in a folder and those in it; nobody else may be writing there."""
     for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         path.unlink(missing_ok=True)
+
+
+_SAID: set[Path] = set()
+
+
+@contextmanager
+def tolerated(path: Path) -> Iterator[None]:
+    """Lets training go on when a file cannot be written that it does not need, and says so once for each path."""
+    try:
+        yield
+    except OSError as error:
+        if path not in _SAID:
+            _SAID.add(path)
+            print(f"{shown(path)} could not be written ({error}); training goes on", flush=True)
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes plain containers and tensors as torch.save does, on the disk when it returns."""
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def shown(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How this process was started: alone, or by torchrun or srun as one of several.
+"""How this process was started: alone, or by torchrun, srun or another process of ours as one of several.
 
 Each of several processes is a whole application of its own that reads the same command line. What they must agree on,
 such as the run's folder, has to come from what they share: the launcher's name for the job.
@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from src.errors import UserError
 
@@ -22,11 +22,20 @@ INTERACTIVE_JOBS = ("bash", "sh", "zsh", "interactive")  # what Slurm calls the 
 class Launch:
     """One of the processes that a launcher started; all nodes have as many."""
 
-    launcher: Literal["torchrun", "srun"]
+    launcher: Literal["torchrun", "srun", "start"]  # see `src.processes.start`
     rank: int
     world_size: int
+    local_rank: int
     local_world_size: int  # processes of this node
     num_nodes: int
+
+    @property
+    def threads(self) -> int:
+        """Cores that are this process's: more threads than cores are slower by far than fewer."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.launcher == "srun":
+            return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
+        return max(1, cores // self.local_world_size)
 
 
 def launched() -> Launch | None:
@@ -38,13 +47,15 @@ def launched() -> Launch | None:
         UserError: when nodes have different numbers of processes.
     """
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
+    if env.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
+        launcher: Any = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "start"
         world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-        launch = Launch("torchrun", int(env["RANK"]), world, local, max(1, world // local))
+        launch = Launch(launcher, int(env["RANK"]), world, int(env["LOCAL_RANK"]), local, max(1, world // local))
     elif _in_slurm_step() and int(env.get("SLURM_NTASKS", 1)) > 1:
         tasks = int(env["SLURM_NTASKS"])
         nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or env.get("SLURM_JOB_NUM_NODES") or 1)
-        launch = Launch("srun", int(env["SLURM_PROCID"]), tasks, max(1, tasks // nodes), nodes)
+        process, local = int(env["SLURM_PROCID"]), max(1, tasks // nodes)
+        launch = Launch("srun", process, tasks, int(env.get("SLURM_LOCALID", process % local)), local, nodes)
     else:
         return None
     if launch.num_nodes * launch.local_world_size != launch.world_size:
@@ -55,10 +66,22 @@ def launched() -> Launch | None:
     return launch
 
 
+def meeting_point() -> tuple[str, str]:
+    """Address and port at which the processes of a launcher meet, which are put into the environment for torch.
+
+    torchrun sets them. Of srun they are the node that it was called on, which is the first of its nodes, and a port
+    that belongs to the job; MASTER_ADDR and MASTER_PORT, where they are set, come before both.
+    """
+    env = os.environ
+    address = env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    port = env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    return address, port
+
+
 def rank() -> int:
-    """0 for the process that speaks and writes, also among those that Lightning starts by itself."""
+    """0 for the process that speaks and writes."""
     launch = launched()
-    return int(os.environ.get("LOCAL_RANK", 0)) if launch is None else launch.rank
+    return 0 if launch is None else launch.rank
 
 
 def stamp(time_format: str, resumes: bool) -> str:
@@ -75,10 +98,10 @@ def stamp(time_format: str, resumes: bool) -> str:
     launch = launched()
     if launch is None:
         name = _slurm_name() if resumes and not _is_interactive() and "SUBMITIT_EXECUTOR" not in os.environ else None
-    elif launch.launcher == "srun":
-        name = _slurm_name()
-    else:
+    elif launch.launcher == "torchrun":
         name = _torchrun_name(launch, time_format)
+    else:
+        name = _slurm_name()
     return name or datetime.now().strftime(time_format)
 
 

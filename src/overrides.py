@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,16 @@ def as_override(key: str, path: Path) -> str:
     if re.fullmatch(r"[\w./-]+", text, re.ASCII) and not text.isdigit():
         return f"{key}={text}"
     return shlex.quote(f"{key}={plain_value(text)}")
+
+
+def same_job(name: str, out: Path) -> list[str]:
+    """The command line of the job that Hydra runs now, also one of a sweep, as a single job in the folder `out`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    own = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
+    kept = [override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(own)]
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    flags = [text for folder in folders for text in ("--config-dir", folder)]
+    settings = [*kept, *hydra.overrides.task, f"hydra.run.dir={plain_value(str(out.absolute()))}"]
+    return [sys.executable, "-m", f"src.{name}", *flags, *settings]

@@ -87,27 +87,37 @@ class Run:
             UserError: when none is whole, or one is of a newer version.
         """
         candidates = [path for path in (self.checkpoint, *self._others) if path.is_file()]
-        for path, following in zip(candidates, [*candidates[1:], None], strict=True):
+        for path in candidates:
             self.checkpoint = path
             try:
                 return _read(path)
             except UserError as error:
-                if following is None or isinstance(error, NewerVersionError):
+                if path == candidates[-1] or isinstance(error, NewerVersionError):
                     raise
+                following = candidates[candidates.index(path) + 1]
                 print(f"note: {error}; passed over for {following.name}", flush=True)
         return None
 
     def load_net(self, weights: str) -> "nn.Module":
-        """The network with the "ema" or the "raw" weights of the checkpoint, in eval mode on the CPU.
+        """The network with weights of the checkpoint, in eval mode on the CPU.
+
+        Args:
+            weights: "ema", "raw", or the name of another average that the checkpoint holds.
 
         Raises:
-            UserError: when the checkpoint is missing, damaged or of another architecture.
+            UserError: when the checkpoint is missing, damaged, of another architecture or without these weights.
         """
         checkpoint = self.load_checkpoint()
+        states = {
+            "ema": checkpoint["ema"],
+            "raw": net_state(checkpoint["state_dict"]),
+            **checkpoint.get("averages", {}),
+        }
+        if weights not in states:
+            raise UserError(f"weights={weights} is not one of {', '.join(states)}, which {self.checkpoint} holds")
         net = build_net(self.config)
-        state = checkpoint["ema"] if weights == "ema" else net_state(checkpoint["state_dict"])
-        check_architecture(net, state, self.checkpoint)
-        net.load_state_dict(state)
+        check_architecture(net, states[weights], self.checkpoint)
+        net.load_state_dict(states[weights])
         return net.eval()
 
 

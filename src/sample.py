@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.cli import command
-from src.overrides import plain_value
+from src.overrides import plain_value, same_job
 
 
 @dataclass
@@ -20,17 +20,21 @@ class SampleConfig:
     num_samples: int | None
     batch_size: int
     seed: int
-    weights: Literal["ema", "raw"]
+    weights: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["32-true", "bf16-mixed"]
     trajectory: bool
+    devices: int | Literal["auto"]
 
 
 def sample(config: dict[str, Any], out: Path) -> None:
     """Writes grid.png and samples.npz, and with trajectory=true a strip and an animation, into `out`."""
     from src.evaluation.sampling import draw
+    from src.processes import on_devices
 
-    draw(config, out)
+    on_devices(
+        lambda group: draw(config, out, group), lambda: same_job("sample", out), config["devices"], config["device"]
+    )
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:

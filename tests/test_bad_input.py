@@ -57,6 +57,15 @@ TRAIN = [
     (["data.image_size=-8"], "image_size=-8 must be at least 1"),
     (["trainer.max_steps=0"], "max_steps=0 must be at least 1"),
     (["callbacks.ema.decay=1"], "decay=1 must lie in [0, 1)"),
+    (
+        ["callbacks.ema.half_life=5kim"],
+        "half_life=5kim is not a whole number or a number of images such as 500kimg or null",
+    ),
+    (["averages=edm"], "no option averages=edm; did you mean averages=edm2"),
+    (["averages=edm2", "callbacks.ema.also.power_050.length=0.3"], "callbacks.ema.also.power_050: length=0.3 must be"),
+    (["+callbacks.ema.also.mine.length=0.1"], "also.mine is no average; give it _target_=src.training.ema.Power"),
+    (["callbacks.ema.snapshot_every_n_steps=5"], "there are none; add averages=edm2"),
+    (["averages=edm2", "trainer.max_steps=10kim"], "trainer.max_steps=10kim is not a whole number"),
     (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps=0 must be at least 1"),
 ]
 

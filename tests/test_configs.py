@@ -16,7 +16,7 @@ from src.train import TrainConfig
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
-NOT_BUILT_ALONE = ("callbacks", "logger", "experiment", "guidance")
+NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance")
 
 
 def configuration(*overrides: str) -> dict:
@@ -50,6 +50,28 @@ def test_every_option_passes_the_schema_and_builds(group, option, monkeypatch):
     config = configuration(f"{group}={option}", *size)
     check(config, "")
     build(config[group], group)
+
+
+@pytest.mark.parametrize(
+    ("averages", "names"),
+    [
+        ("none", []),
+        ("half_life", ["half_life_500k"]),
+        ("edm2", ["power_050", "power_100"]),
+        ("[half_life,edm2]", ["half_life_500k", "power_050", "power_100"]),
+    ],
+)
+def test_averages_build_and_go_together(averages, names, tmp_path):
+    """With the run's own primary average; 32 snapshots, in images where the training is in images."""
+    node = configuration("experiment=digits", f"averages={averages}")["callbacks"]["ema"]
+    check(node, "")
+    ema = build(node, "callbacks.ema", run_dir=tmp_path)
+    assert list(ema.averages) == ["ema", *names]
+    assert ema.averages["ema"].decay == 0.99
+    assert ema.snapshot_every_n_steps == (31 if "power_050" in names else None)
+    if names[-1:] == ["power_100"]:
+        images = configuration(f"averages={averages}", "trainer.max_steps=200Mimg")
+        assert images["callbacks"]["ema"]["snapshot_every_n_steps"] == "6250000img"
 
 
 @cache
@@ -143,7 +165,7 @@ def test_a_run_folder_is_named_by_experiment_and_time():
     assert Path(config.hydra.sweep.dir).parts[:3] == ("outputs", "multirun", "smoke")
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "edit", "preview", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "sample", "edit", "preview", "evaluate", "ema"])
 def test_help_names_the_groups_that_the_command_takes(command, name):
     """Catches a --help that offers groups which the command then refuses."""
     outcome = command(name, "--help")

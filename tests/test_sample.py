@@ -1,10 +1,18 @@
 """python -m src.sample: its files, and what a sample depends on."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ["grid.png", "samples.npz", "trajectory.gif", "trajectory.png"]
 
 
 @pytest.fixture
@@ -100,3 +108,83 @@ def test_a_sweep_over_sampling_makes_a_folder_a_job(command, smoke_run, tmp_path
     arguments = [f"run={smoke_run}", "sampler.steps=2,3", "num_samples=2", f"hydra.sweep.dir={tmp_path}"]
     assert command("sample", "-m", *arguments).code == 0
     assert all((Path(tmp_path) / job / "samples.npz").exists() for job in "01")
+
+
+def test_sample_i_does_not_depend_on_the_number_of_processes(command, smoke_run, tmp_path):
+    """To the bit, and the first process alone prints and writes: under torchrun, and with devices."""
+    arguments = ["num_samples=71", "batch_size=64", "sampler.steps=5", "trajectory=true", "seed=3"]
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert command("sample", f"run={smoke_run}", f"out={one}", *arguments).code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "src.sample", f"run={smoke_run}", f"out={two}", *arguments, "devices=7"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+    )
+    assert result.returncode == 0, result.stderr
+    outcome = command("sample", f"run={smoke_run}", f"out={three}", *arguments, "devices=3", "batch_size=9")
+    assert outcome.code == 0, outcome.err
+    for folder, out, err in ((two, result.stdout, result.stderr), (three, outcome.out, outcome.err)):
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        assert all((folder / name).read_bytes() == (one / name).read_bytes() for name in FILES)
+        assert out.count("71 samples of") == out.count(f"{folder / 'grid.png'}") == 1
+        assert f"the share of 1 of {2 if folder == two else 3} processes: 100%" in err
+
+
+def test_fewer_samples_than_processes_with_labels(command, tmp_path):
+    run = tmp_path / "run"
+    assert command("train", "experiment=smoke", "model.num_classes=10", "trainer.max_steps=1", f"hydra.run.dir={run}")
+    arguments = [f"run={run}", "labels=[3,7]", "batch_size=1", "sampler.steps=3"]
+    for devices in (1, 3):
+        outcome = command("sample", *arguments, f"out={tmp_path / str(devices)}", f"devices={devices}")
+        assert outcome.code == 0, outcome.err
+    one, three = (np.load(tmp_path / devices / "samples.npz") for devices in "13")
+    np.testing.assert_array_equal(one["arr_0"], three["arr_0"])
+    assert three["arr_1"].tolist() == [3, 7]
+
+
+def test_a_sweep_over_devices(command, smoke_run, tmp_path):
+    arguments = [f"run={smoke_run}", "devices=1,2", "sampler.steps=2", "num_samples=40", f"hydra.sweep.dir={tmp_path}"]
+    assert command("sample", "-m", *arguments).code == 0
+    assert (tmp_path / "0" / "samples.npz").read_bytes() == (tmp_path / "1" / "samples.npz").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["torchrun", "devices"])
+def test_broken_weights_end_all_processes(smoke_run, tmp_path, how):
+    run, out = shutil.copytree(smoke_run, tmp_path / "copy"), tmp_path / "out"
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["ema"].values())).fill_(float("nan"))
+    torch.save(checkpoint, path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if how == "torchrun" else []
+    arguments = [f"run={run}", f"out={out}", "num_samples=40", "sampler.steps=2", "devices=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "src.sample", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == (1 if how == "torchrun" else 2)
+    assert result.stderr.count("error: the samples hold NaN or infinity; the weights in") == 1
+    assert not out.exists()
+
+
+REFUSED = [
+    ("devices=0", "devices=0 must be at least 1, or auto"),
+    ("devices=two", "devices=two is not a whole number or one of auto"),
+    ("devices=5", "devices=5 asks for 5 GPUs and this machine has 4"),
+]
+
+
+@pytest.mark.parametrize(("argument", "sentence"), REFUSED)
+def test_devices_that_there_are_not(command, smoke_run, tmp_path, monkeypatch, argument, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    outcome = command("sample", f"run={smoke_run}", f"out={tmp_path / 'out'}", argument)
+    assert outcome.code == 2
+    assert f"error: {sentence}" in outcome.err
+    assert not (tmp_path / "out").exists()

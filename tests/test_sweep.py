@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,37 +9,13 @@ from pathlib import Path
 import joblib
 import yaml
 
+from tests.helpers import items, records
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def wandb_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/wandb/offline-run-*/run-*.wandb"))
-
-
-def records(path: Path) -> dict[str, list]:
-    """The records of an offline run's own file, by kind.
-
-    The file is a LevelDB log: after 7 bytes of its own, blocks of 32 KiB hold chunks (crc, length, kind, data), where
-    kind is 1 for a whole record, and 2, 3, 4 for its first, middle and last parts.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, whole = path.read_bytes(), 7, b""
-    found: dict[str, list] = {}
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too little is left of the block for a chunk
-            position += 32768 - position % 32768
-            continue
-        _, length, part = struct.unpack_from("<IHB", data, position)
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if part in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            kind = record.WhichOneof("record_type")
-            found.setdefault(kind, []).append(getattr(record, kind))
-            whole = b""
-    return found
 
 
 def test_a_sweep_over_beta_end(command, tmp_path):
@@ -60,9 +35,9 @@ def test_a_sweep_over_beta_end(command, tmp_path):
     assert len({run.run_id for run in started}) == 2
     for run in runs:
         assert run["exit"][-1].exit_code == 0
-        history = {item.key or "/".join(item.nested_key) for row in run["history"] for item in row.item}
+        history = {key for row in run["history"] for key in items(row.item)}
         assert {"train/loss", "val/loss_ema", "samples/_type", "images_per_second"} <= history
-        summary = {item.key or "/".join(item.nested_key) for s in run["summary"] for item in s.update}
+        summary = {key for record in run["summary"] for key in items(record.update)}
         assert "parameters" in summary
 
 

@@ -7,7 +7,7 @@ what the schedule tells of the noise level. They return F of the same shape. Two
     learned_variance    F is (B, 2 C, H, W): the objective's F, and v of the reverse variance (Nichol & Dhariwal 2021)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -203,7 +203,7 @@ class NetworkDenoiser:
         if self.self_conditioning:
             x = torch.cat([x, torch.zeros_like(x) if self.last is None else self.last.to(x.dtype)], dim=1)
         if self.module and x.device.type == "cpu":
-            rows = max(CHUNK_ROWS, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
+            rows = chunk_rows(x.shape)
             t = self._told(rows, level, x.device)
             output = torch.cat([self.net(part, t, *y) for part, *y in _chunks(rows, x, self.y)])[: len(x)]
         else:
@@ -220,6 +220,11 @@ class NetworkDenoiser:
         if self._t is None or len(self._t) != rows:
             self._t = torch.empty(rows, device=device)
         return self._t.fill_(level.t)
+
+
+def chunk_rows(shape: Sequence[int]) -> int:
+    """Images of this shape, (..., H, W), that a network is asked for at once on the CPU."""
+    return max(CHUNK_ROWS, CHUNK_PIXELS // (shape[-2] * shape[-1]))
 
 
 def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, ...]]:

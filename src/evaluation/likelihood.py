@@ -4,19 +4,21 @@ Noise, dequantisation and probes of image i depend on (seed, i) alone. A network
 its answer must depend on the noisy image alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from src.build import refusals
 from src.data.loader import normalize
 from src.data.sources import ImageSet
 from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.guidance import Denoiser
 from src.diffusion.likelihood import (
+    Bound,
     Variance,
     dequantized,
     dequantized_bits,
@@ -28,20 +30,27 @@ from src.diffusion.likelihood import (
 )
 from src.diffusion.schedules import DiscreteSchedule
 from src.errors import UserError
+from src.processes import ALONE, Group
 from src.randomness import NoiseStream, generator, mix
+from src.threads import Tick, in_threads, share_out
 
+T = TypeVar("T")
 CHAIN, TIMES, ODE = 0xC4A1, 0x71E5, 0x0DE  # the series of random numbers
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a network with its diffusion, on images with their labels, in batches on the network's device."""
+    """What is scored: a network with its diffusion, on images with their labels, in batches on the network's device.
+
+    Each process of the group scores its share of the batches; the first has the result.
+    """
 
     diffusion: GaussianDiffusion
     net: nn.Module
     data: ImageSet
     batch_size: int
     seed: int
+    group: Group = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -69,24 +78,45 @@ class Part(NamedTuple):
     progress: Callable[[float], object]
 
 
-def parts(subject: Subject, name: str) -> Iterator[Part]:
-    """The batches of a subject, under a progress bar."""
-    n = len(subject.data)
+def each(subject: Subject, name: str, batches: list[range], work: Callable[[Part], T]) -> list[T]:
+    """What `work` makes of each batch, in their order, in the first process, under a progress bar; [] in the others.
+
+    Raises:
+        UserError: for a ValueError of `work`, in all processes.
+    """
+    group = subject.group
+    own = group.share(batches)
     subject.net.requires_grad_(False)
     labelled = getattr(subject.net, "num_classes", None) is not None
     layout = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
-    with tqdm(total=n, desc=name, unit="image", dynamic_ncols=True, bar_format=layout) as bar:
-        for low in range(0, n, subject.batch_size):
-            part = subject.data[low : low + subject.batch_size]
-            y = part.labels.to(subject.device) if labelled else None
+    desc = name if group.size == 1 else f"{name}, the share of 1 of {group.size} processes"
 
-            def denoise(x: Tensor, level: Any, y: Tensor | None = y) -> Any:
-                return subject.diffusion.denoiser(subject.net, y)(x, level)  # a new one remembers nothing
+    def of(indices: range, tick: Tick) -> T:
+        part = subject.data[indices.start : indices.stop]
+        y = part.labels.to(subject.device) if labelled else None
+        before = 0.0
 
-            def progress(share: float, low: int = low, size: int = len(part)) -> None:
-                bar.update(low + share * size - bar.n)
+        def denoise(x: Tensor, level: Any) -> Any:
+            return subject.diffusion.denoiser(subject.net, y)(x, level)  # a new one remembers nothing
 
-            yield Part(part.images, range(low, low + len(part)), denoise, progress)
+        def progress(share: float) -> None:
+            nonlocal before
+            tick((share - before) * len(indices))
+            before = share
+
+        return work(Part(part.images, indices, denoise, progress))
+
+    bar = tqdm(
+        total=sum(map(len, own)),
+        desc=desc,
+        unit="image",
+        dynamic_ncols=True,
+        bar_format=layout,
+        disable=not group.first,
+    )
+    with group.agreement(), refusals(name), bar:
+        made = in_threads(of, own, subject.device, bar.update)
+    return group.gather(made)
 
 
 @dataclass(frozen=True)
@@ -128,19 +158,26 @@ class Vlb:
         self._times(subject)
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        """The score as plain values, in bits per dimension."""
+        """The score as plain values, in bits per dimension; {} in processes other than the first."""
         learned = getattr(subject.net, "learned_variance", False)
         auto: Variance = "learned" if learned else "posterior"
         variance = auto if self.variance == "auto" else self.variance
         times = self._times(subject)
-        bounds = []
-        with torch.no_grad():
-            for part in parts(subject, "vlb"):
-                x0 = normalize(part.images).to(subject.device, subject.dtype)
-                noise = NoiseStream(mix(subject.seed, CHAIN), part.indices, tuple(x0.shape[1:]), subject.device)
-                schedule = subject.diffusion.schedule
-                bounds.append(vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress))
-        total, terms, prior = (torch.cat(rows).double().cpu() for rows in zip(*bounds, strict=True))
+        schedule = subject.diffusion.schedule
+
+        def bound(part: Part) -> Bound:
+            x0 = normalize(part.images).to(subject.device, subject.dtype)
+            noise = NoiseStream(mix(subject.seed, CHAIN), part.indices, tuple(x0.shape[1:]), subject.device)
+            with torch.no_grad():
+                rows = vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress)
+            return Bound(*(row.double().cpu() for row in rows))
+
+        shape = tuple(subject.data.images.shape[1:])
+        batches = share_out(len(subject.data), subject.batch_size, shape, subject.device, subject.group)
+        bounds = each(subject, "vlb", batches, bound)
+        if not bounds:
+            return {}
+        total, terms, prior = (torch.cat(rows) for rows in zip(*bounds, strict=True))
         return {
             **mean_and_error(total),
             "prior": float(prior.mean()),
@@ -190,20 +227,31 @@ class Ode:
         subject.diffusion.schedule.levels(2, "linspace")
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        """The score as plain values, in bits per dimension; evaluations are those of the network, a batch."""
-        bits, evaluations = [], []
-        for part in parts(subject, "ode"):
+        """The score as plain values, in bits per dimension; evaluations are those of the network, a batch.
+
+        The images of a batch share their steps: batches are those of batch_size, whoever computes them. {} in processes
+        other than the first.
+        """
+
+        def solve(part: Part) -> tuple[Tensor, int]:
             shape = tuple(part.images.shape[1:])
             v, probes = self.draws(subject.seed, part.indices, shape)
             y = dequantized(part.images, v).to(subject.device, subject.dtype)
             density = ode_density(
                 part.denoise, subject.diffusion.schedule, y, probes.to(y), self.rtol, self.atol, part.progress
             )
-            bits.append(dequantized_bits(density.log_p, y[0].numel()))
-            evaluations.append(density.evaluations)
+            return dequantized_bits(density.log_p, y[0].numel()).double().cpu(), density.evaluations
+
+        indices = range(len(subject.data))
+        solved = each(
+            subject, "ode", [indices[low : low + subject.batch_size] for low in indices[:: subject.batch_size]], solve
+        )
+        if not solved:
+            return {}
+        bits, evaluations = zip(*solved, strict=True)
         return {
-            **mean_and_error(torch.cat(bits).double().cpu()),
-            "evaluations": evaluations,
+            **mean_and_error(torch.cat(bits)),
+            "evaluations": list(evaluations),
             "rtol": self.rtol,
             "atol": self.atol,
             "num_probes": self.num_probes,

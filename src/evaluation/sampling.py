@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
 from src.files import replacing
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
+from src.processes import ALONE, Group
 from src.runs import Run, build_diffusion, cycled_labels, image_shape
+from src.threads import Tick, in_threads, share_out
 
 DEFAULT_SAMPLES = 64
 NO_LABELS = "was trained without labels; train with model.num_classes, as experiment=digits_conditional does"
@@ -35,7 +37,7 @@ class Setup:
         shape: (C, H, W) of the run's images.
         labels: (N,) int64, one a sample, or None.
         guide: diffusion and network of the weaker model, of autoguidance.
-        precision: the context that networks are asked in.
+        autocast: to bfloat16.
     """
 
     run: Run
@@ -48,7 +50,12 @@ class Setup:
     labels: Tensor | None
     guidance: Guidance
     guide: tuple[GaussianDiffusion, nn.Module] | None
-    precision: AbstractContextManager[Any]
+    autocast: bool
+
+    @property
+    def precision(self) -> AbstractContextManager[Any]:
+        """A context that networks are asked in, for one thread."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def denoiser(self, indices: range) -> Denoiser:
         """The guided denoiser of the samples with these numbers; it serves one batch on its way."""
@@ -97,16 +104,29 @@ def set_up(config: dict[str, Any], num_samples: int) -> Setup:
         raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
     num_classes = None if labels is None else net.num_classes
     guide = _guide(guidance, run, config["weights"], device, num_classes)
-    precision = _precision(config["precision"], device)
+    autocast = config["precision"] != "32-true"
     return Setup(
-        run, device, diffusion, net, sampler, steps, image_shape(run.config), labels, guidance, guide, precision
+        run, device, diffusion, net, sampler, steps, image_shape(run.config), labels, guidance, guide, autocast
     )
 
 
-def draw(config: dict[str, Any], out: Path) -> None:
+class Drawn(NamedTuple):
+    """One batch of samples, uint8 on the CPU.
+
+    Attributes:
+        images: (B, C, H, W).
+        states, guesses: (steps, K, C, H, W) x_t and x0 after each step, of the first K samples, as many as are shown.
+    """
+
+    images: Tensor
+    states: Tensor
+    guesses: Tensor
+
+
+def draw(config: dict[str, Any], out: Path, group: Group = ALONE) -> None:
     """Draws config["num_samples"] samples of the run config["run"] into the folder `out`.
 
-    Sample i depends on (weights, sampler, seed, i) alone.
+    Sample i depends on (weights, sampler, seed, i) alone. Each process of the group draws its share; the first writes.
 
     Raises:
         UserError: for whatever the user can mend, before anything is written.
@@ -115,40 +135,51 @@ def draw(config: dict[str, Any], out: Path) -> None:
     if config["num_samples"] is None:
         config = {**config, "num_samples": len(asked) if isinstance(asked, list) and asked else DEFAULT_SAMPLES}
     n = config["num_samples"]
-    setup = set_up(config, n)
-    shape, schedule = setup.shape, setup.diffusion.schedule
-    print(
-        f"{n} samples of {setup.run.checkpoint}, {config['weights']} weights, {setup.steps} steps, {setup.device.type}"
+    with group.agreement():
+        setup = set_up(config, n)
+    if group.first:
+        devices = setup.device.type if group.size == 1 else f"{group.size} x {setup.device.type}"
+        print(f"{n} samples of {setup.run.checkpoint}, {config['weights']} weights, {setup.steps} steps, {devices}")
+    shown = min(TRAJECTORIES, n) if config["trajectory"] else 0
+    batches = share_out(n, config["batch_size"], setup.shape, setup.device, group)
+    own = group.share(batches)
+    name = "sampling" if group.size == 1 else f"sampling, the share of 1 of {group.size} processes"
+    bar = tqdm(
+        total=sum(map(len, own)) * setup.steps,
+        desc=name,
+        unit="image step",
+        dynamic_ncols=True,
+        disable=not group.first,
     )
-    kept = range(min(TRAJECTORIES, n)) if config["trajectory"] else range(0)
-    samples, states, guesses = [], [], []
-    numbers = range(n)
-    bar = tqdm(total=n * setup.steps, desc="sampling", unit="image step", dynamic_ncols=True)
-    with torch.no_grad(), setup.precision, bar:
-        for low in numbers[:: config["batch_size"]]:
-            indices = numbers[low : low + config["batch_size"]]
-            shown = len(kept[low : low + len(indices)])  # of this batch, the first so many
-            denoise = setup.denoiser(indices)
-            batch_states, batch_guesses = [], []
-            for step in generate(denoise, setup.sampler, schedule, shape, config["seed"], indices, setup.device):
-                if shown:
-                    batch_states.append(to_uint8(step.x[:shown]).cpu())
-                    batch_guesses.append(to_uint8(step.x0[:shown]).cpu())
-                bar.update(len(indices))
-            samples.append(to_uint8(setup.finite(step.x)).cpu())
-            if shown:
-                states.append(torch.stack(batch_states))
-                guesses.append(torch.stack(batch_guesses))
+    with group.agreement(), bar:
+        drawn = in_threads(lambda b, tick: _draw(setup, config["seed"], b, shown, tick), own, setup.device, bar.update)
+    drawn = group.gather(drawn)
+    if not group.first:
+        return
 
-    images = torch.cat(samples)
+    images = torch.cat([batch.images for batch in drawn])
     save_npz(images, setup.labels, out / "samples.npz")
-    save_png(grid(images), out / "grid.png", enlarge(shape[1]))
+    save_png(grid(images), out / "grid.png", enlarge(setup.shape[1]))
     written = ["grid.png", "samples.npz"]
     if config["trajectory"]:
-        _save_trajectory(torch.cat(states, dim=1), torch.cat(guesses, dim=1), out)
+        states, guesses = (torch.cat(parts, dim=1) for parts in zip(*(batch[1:] for batch in drawn), strict=True))
+        _save_trajectory(states, guesses, out)
         written += ["trajectory.png", "trajectory.gif"]
     for name in written:
         print(f"  {out / name}")
+
+
+def _draw(setup: Setup, seed: int, indices: range, shown: int, tick: Tick) -> Drawn:
+    kept = max(0, shown - indices.start)  # of this batch, the first so many
+    states, guesses = [], []
+    denoise, schedule = setup.denoiser(indices), setup.diffusion.schedule
+    with torch.no_grad(), setup.precision:
+        for step in generate(denoise, setup.sampler, schedule, setup.shape, seed, indices, setup.device):
+            states.append(to_uint8(step.x[:kept]).cpu())
+            guesses.append(to_uint8(step.x0[:kept]).cpu())
+            tick(len(indices))
+        images = to_uint8(setup.finite(step.x)).cpu()
+    return Drawn(images, torch.stack(states), torch.stack(guesses))
 
 
 def _guide(
@@ -216,7 +247,3 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise UserError(f"device={name} asks for a GPU and this machine has none; use device=cpu")
     return torch.device(name)
-
-
-def _precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if name == "32-true" else torch.autocast(device.type, torch.bfloat16)

@@ -36,7 +36,7 @@ class SinusoidalEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalEmbedding":
         super()._apply(fn, recurse)
-        self.dtype = self.frequencies.dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # a later move to another device leaves it
         self.frequencies = self.exact.to(self.frequencies.device)
         return self
 

@@ -62,6 +62,7 @@ class Checkpoint(Callback):
         self.keep_every_n_steps = keep_every_n_steps
         self.on_failure = on_failure
         self.best = float("inf")
+        self._best_on_disk = float("inf")
         self._saved_step = -1
 
     @property
@@ -80,17 +81,21 @@ class Checkpoint(Callback):
         if self.writer.failed():
             self._settle()
         if self.stop.asked(trainer):
+            self._settle()
             self._save(trainer, [LAST])
             self._settle(final=True)
+            trainer.strategy.barrier("stopped")  # all go on until the first has saved
             raise self.stop.stopped(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch
         validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
-        if not validation_follows:
-            self._save(trainer, self._due(trainer.global_step))
+        if not validation_follows and (names := self._due(trainer.global_step)):
+            self._settle()
+            self._save(trainer, names)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what is due at the step after its validation, so that it knows the best so far."""
+        self._settle()  # training waits for the save before; it may have been the best
         names = self._due(trainer.global_step)
         loss = float(trainer.callback_metrics[self.MONITOR])
         if loss < self.best:
@@ -99,9 +104,10 @@ class Checkpoint(Callback):
         self._save(trainer, names)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(final=trainer.global_step == self._saved_step)
         if trainer.global_step != self._saved_step:
             self._save(trainer, [LAST])
-        self._settle(final=True)
+            self._settle(final=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with suppress(UserError):  # something else has gone wrong before, and is being said
@@ -119,7 +125,6 @@ class Checkpoint(Callback):
             return
         if LAST in names:
             self._saved_step = trainer.global_step
-        self._settle()  # of the save before, which training waits for
         first, *others = [self.run_dir / name for name in names]
         trainer.save_checkpoint(first, storage_options=others)
 
@@ -131,12 +136,13 @@ class Checkpoint(Callback):
         """
         try:
             self.writer.wait()
+            self._best_on_disk = self.best
         except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of some
             sentence = f"a checkpoint could not be written to {shown(self.run_dir)} ({error}); the one before it stands"
             if final or self.on_failure == "stop":
                 way_on = as_override("run", shown(self.run_dir))
                 raise UserError(f"{sentence}; make room and go on with python -m src.train {way_on}") from error
-            self._saved_step = -1
+            self._saved_step, self.best = -1, self._best_on_disk
             print(f"note: {sentence}, and training goes on", flush=True)
 
     # The best loss so far survives a resume; the configuration goes along for readers of the file.
@@ -145,7 +151,7 @@ class Checkpoint(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = self._best_on_disk = state_dict["best"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config

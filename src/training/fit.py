@@ -4,8 +4,12 @@ What a user can get wrong is found before anything is written to the run's folde
 """
 
 import inspect
+import json
+import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +26,26 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
-from src.overrides import as_override
+from src.launch import launched
+from src.overrides import as_override, same_job
+from src.processes import share_cores, start
 from src.randomness import mix
 from src.runs import CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
-from src.training.metrics import MetricsCSV, TrainMetrics
+from src.training.metrics import TrainMetrics
+from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
-from src.training.stop import Stop
+from src.training.stop import SIGNALS, Stop
 from src.training.summary import summarize, write
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
+
+SUMMARY = "summary.json"
 
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
@@ -66,34 +75,45 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         print(f"{run_dir} has trained {resume['global_step']} steps already; to go on, raise trainer.max_steps")
         return float(resume["callbacks"]["Checkpoint"]["best"])
 
+    launch = launched()
+    if launch is None and settings.num_devices > 1:
+        start(same_job("train", run_dir), settings.num_devices, SIGNALS)
+        return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
+
+    if launch is not None:
+        share_cores(launch)
     data = build(config["data"], "data")
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
         check_architecture(training.net, net_state(resume["state_dict"]), run.checkpoint)
     with _claimed(run_dir, written, continued=run is not None):
-        exit_code = 1
+        exit_code, loggers = 1, _loggers(written, run_dir, sweep)
         try:
-            loggers = _loggers(written, run_dir, sweep)
             for logger in loggers:
                 log_config(logger, written)
             parameters = sum(p.numel() for p in training.net.parameters())
-            say(f"{config['name']}: {parameters:,} parameters, {_device(training.trainer)}, in {shown(run_dir)}")
+            devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen_precision}"
+            say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
             _warn_of_terminal_signal(training.diffusion)
             while True:
-                step = resume["global_step"] if resume else 0
                 if training.trainer.global_rank == 0:
-                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", step), *loggers]
+                    table = resume["callbacks"]["TrainMetrics"]["table"] if resume else None
+                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table=table), *loggers]
                 try:
                     checkpoint = run.checkpoint if run and resume else None
                     training.trainer.fit(training.module, data, ckpt_path=checkpoint, weights_only=True)
                     break
+                except RuntimeError as error:
+                    if training.trainer.world_size == 1 or not _is_of_a_peer(error):
+                        raise
+                    raise _lost(run_dir, training, error) from error
                 except Diverged as diverged:
                     run, resume = _go_back(diverged, training.guard, run_dir, resume)
                     training = _assemble(config, written, run_dir, settings, data, resume, training.guard)
-            summary = _finish(training, config, run_dir)
+            summary = _finish(training, config, settings, run_dir)
             exit_code = 0
         finally:
-            finish_wandb(exit_code)
+            finish_wandb(loggers, exit_code)
     return summary["metrics"]["val/loss_ema"]
 
 
@@ -106,6 +126,7 @@ class Training:
     module: DiffusionModule
     metrics: TrainMetrics
     guard: Guard
+    writer: CheckpointWriter
     trainer: Trainer
 
 
@@ -142,8 +163,9 @@ def _assemble(
     callbacks = _build_callbacks(
         config, run_dir, checkpoint={"config": written, "stop": stop, "guard": guard, "writer": writer}
     )
+    masters = settings.prepare(net)
     module = DiffusionModule(
-        settings.prepare(net),
+        net,
         diffusion,
         _build_optimizer(config, settings),
         build(config["lr_schedule"], "lr_schedule"),
@@ -153,6 +175,7 @@ def _assemble(
         mix(config["seed"], guard.restores) if guard.restores else config["seed"],
         config["label_dropout"],
         config["offset_noise"],
+        masters,
     )
     samplers = {"sampler": build(config["sampler"], "sampler")}
     if "samples" in callbacks:
@@ -174,12 +197,12 @@ def _assemble(
             f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
             f"cannot share them evenly; choose a multiple of {devices}"
         )
-    metrics = TrainMetrics(settings.log_every_n_steps)
+    metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config), settings.chosen_precision)
     # After a step: average first; then judge, measure, stop, and whatever else conf/callbacks names; save last.
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")
     trainer = settings.make(run_dir, writer, [*own, *callbacks.values(), last])
-    return Training(net, diffusion, module, metrics, guard, trainer)
+    return Training(net, diffusion, module, metrics, guard, writer, trainer)
 
 
 def _go_back(
@@ -208,6 +231,29 @@ def _go_back(
     return (run if resume else None), resume
 
 
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether it says that another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or re.search("gloo|by peer|NCCL", str(error)) is not None
+
+
+def _lost(run_dir: Path, training: Training, error: RuntimeError) -> UserError:
+    """What to say when another process has gone; on a GPU it is said, and the process ends, at once.
+
+    There, a kernel may wait for the lost process forever, and everything that waits for the device with it.
+    """
+    reason = " ".join(str(error).split())[:200]
+    sentence = (
+        f"another process of this run has ended ({reason}); go on from the last checkpoint with python -m src.train "
+        f"{as_override('run', shown(run_dir))}, or with the same command and resume=auto"
+    )
+    if training.trainer.strategy.root_device.type == "cuda":
+        with suppress(OSError, RuntimeError):
+            training.writer.wait()
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(2)
+    return UserError(sentence)
+
+
 def _counted_in_steps(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the intervals that it counts in images as steps."""
     parts = ("trainer", "lr_schedule", "callbacks")
@@ -221,7 +267,8 @@ def _build_callbacks(config: dict[str, Any], run_dir: Path, checkpoint: dict[str
         if name not in nodes:
             raise UserError(f"callbacks.{name} cannot be left out; set it as conf/callbacks/default.yaml does")
     del nodes["guard"]
-    runtime = {
+    runtime: dict[str, dict[str, Any]] = {
+        "ema": {"run_dir": run_dir},
         "checkpoint": {"run_dir": run_dir, **checkpoint},
         "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
     }
@@ -297,12 +344,7 @@ def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"{run_dir} cannot be written to ({error}); choose another with hydra.run.dir=<folder>")
 
 
-def _device(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    return f"{trainer.world_size} x {device.type}, {trainer.precision}"
-
-
-def _finish(training: Training, config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+def _finish(training: Training, config: dict[str, Any], settings: TrainerSettings, run_dir: Path) -> dict[str, Any]:
     """Writes summary.json, and says what was done and where it lies."""
     trainer, metrics = training.trainer, training.metrics
     summary = summarize(
@@ -310,13 +352,14 @@ def _finish(training: Training, config: dict[str, Any], run_dir: Path) -> dict[s
         training.net,
         image_shape(config),
         config,
+        precision=settings.chosen_precision,
         train_loss=metrics.last_loss,
         images_seen=metrics.images_seen,
         images_per_second=metrics.mean_images_per_second,
         wall_seconds=metrics.wall_seconds,
     )
     if trainer.is_global_zero:
-        write(summary, run_dir / "summary.json")
+        write(summary, run_dir / SUMMARY)
         for logger in trainer.loggers:
             log_summary(logger, summary)
     folder = shown(run_dir)

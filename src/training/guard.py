@@ -69,9 +69,13 @@ class Guard(Callback):
     def skipped(self) -> int:
         return int(self._state[0])
 
+    def left_out(self) -> Tensor:
+        """Whether the last step was, as a bool on the device."""
+        return self._state[1] > 0
+
     def in_trouble(self) -> bool:
-        """Whether the last step was bad."""
-        return bool(self._state[1] > 0)
+        """Whether the last step was left out; waits for the device."""
+        return bool(self.left_out())
 
     @torch.no_grad()
     def inspect(self, loss: Tensor, norm: Tensor) -> Tensor:

@@ -4,16 +4,17 @@ import netrc
 import os
 import secrets
 import socket
-import sys
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from src.errors import UserError
-from src.files import shown
+from src.files import shown, tolerated
+from src.training.wandb_tracker import FINISH_SECONDS, WandbTracker
 
 WANDB_ID = "wandb_id.txt"
 
@@ -34,17 +35,32 @@ def wandb(
     project: str = "diffusion-lab",
     entity: str | None = None,
     tags: list[str] | tuple[str, ...] = (),
+    artifact: bool = False,
 ) -> Logger | None:
     """A W&B run of its own, in the sweep's group; offline, with how to sync, when there is no key or no network.
 
     The run's id is kept in the run's folder, so that a resumed run continues the same W&B run.
+
+    Args:
+        run_dir: the run's folder.
+        config: the resolved configuration, which W&B shows.
+        group: the sweep that the run belongs to.
+        project: of W&B.
+        entity: user or team of W&B; None for the key's own.
+        tags: of the run.
+        artifact: whether the best checkpoint goes to W&B at the end.
     """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its last report can hold up a process for half a minute
     import wandb as wb
 
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     id_file = run_dir / WANDB_ID
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+
+    bounded: dict[str, Any] = {"finish_timeout": FINISH_SECONDS - 2, "finish_timeout_raises": True}
+    if not bounded.keys() <= wb.Settings.model_fields.keys():
+        bounded = {}  # an older W&B; the tracker gives up on it by itself
 
     def start(mode: Literal["online", "offline"]) -> Any:
         return wb.init(
@@ -58,7 +74,7 @@ def wandb(
             dir=run_dir,
             config=config,
             mode=mode,
-            settings=wb.Settings(init_timeout=30, console="off", silent=True),
+            settings=wb.Settings(init_timeout=30, console="off", silent=True, **bounded),
         )
 
     offline = _offline_reason()
@@ -70,25 +86,47 @@ def wandb(
         run = start("offline")
     except wb.errors.Error as error:
         raise UserError(f"W&B refuses to start ({error}); use logger=none, or WANDB_MODE=offline") from error
-    id_file.write_text(run_id + "\n")
+    with tolerated(id_file):
+        id_file.write_text(run_id + "\n")
+    tracker = WandbTracker(run, run_dir if artifact else None)
     if offline:
-        print(f"W&B is offline ({offline}); later: wandb sync {shown(Path(run.dir).parent)}", flush=True)
-    return WandbLogger(experiment=run, save_dir=run_dir)
+        print(f"W&B is offline ({offline}); later: wandb sync {shown(tracker.folder)}", flush=True)
+    return tracker
 
 
-def finish_wandb(exit_code: int) -> None:
-    """Ends the process's W&B run, if there is one, so that the next job of a sweep begins its own."""
-    wb = sys.modules.get("wandb")
-    if wb is not None and wb.run is not None:
-        wb.finish(exit_code=exit_code)
+def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
+    """Ends W&B's run, if there is one, so that the next job of a sweep begins its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbTracker):
+            logger.finish(exit_code)
 
 
 def log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
     """Hands a uint8 image, (C, H, W), to a tracker that takes images."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, image, step)
-    elif isinstance(logger, WandbLogger):
-        logger.log_image(name, [image.permute(1, 2, 0).numpy()], step=step)
+    elif isinstance(logger, WandbTracker):
+        logger.log_image(name, image, step)
+
+
+def log_histogram(logger: Logger, name: str, heights: Tensor, step: int) -> None:
+    """Hands the heights of equal bins of [0, 1], (bins,), to a tracker that takes histograms."""
+    edges = torch.linspace(0, 1, len(heights) + 1, dtype=torch.float64)
+    if isinstance(logger, TensorBoardLogger):
+        middles = (edges[1:] + edges[:-1]) / 2
+        logger.experiment.add_histogram_raw(
+            name,
+            min=0.0,
+            max=1.0,
+            num=len(heights),
+            sum=float(heights.double() @ middles),
+            sum_squares=float(heights.double() @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=heights.tolist(),
+            global_step=step,
+        )
+    elif isinstance(logger, WandbTracker):
+        logger.log_histogram(name, heights.tolist(), edges.tolist(), step)
 
 
 def log_summary(logger: Logger, summary: dict[str, Any]) -> None:
@@ -96,8 +134,8 @@ def log_summary(logger: Logger, summary: dict[str, Any]) -> None:
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text("summary", "\n".join(f"    {k}: {v}" for k, v in summary.items()))
         logger.experiment.flush()  # training is over, and with it Lightning's own flushing
-    elif isinstance(logger, WandbLogger):
-        logger.experiment.summary.update(summary)
+    elif isinstance(logger, WandbTracker):
+        logger.log_summary(summary)
 
 
 def log_config(logger: Logger, config: dict[str, Any]) -> None:

@@ -1,108 +1,60 @@
-"""What training logs: loss, gradient norm, learning rate and speed, each the mean of the steps since the last row."""
+"""What training logs: losses are means over the steps since the last row and over the devices."""
 
-import csv
-import io
-import math
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from src.data.loader import Batch
-from src.errors import UserError
-from src.files import replacing
+from src.training.by_level import BINS
+from src.training.hardware import memory_bytes, peak_flops
+from src.training.loggers import log_histogram
+from src.training.metrics_csv import MetricsCSV
+from src.training.summary import flops_per_image
 
-
-class MetricsCSV(Logger):
-    """metrics.csv: one row a step, one column a metric, on disk as soon as it is logged.
-
-    Metrics logged twice for one step share its row. Values are written with all their digits.
-
-    Args:
-        path: of the file; one that exists is continued.
-        from_step: rows of later steps are dropped: they belong to a continuation that this one replaces.
-    """
-
-    def __init__(self, path: Path, from_step: int = 0) -> None:
-        super().__init__()
-        self.path = path
-        self.columns = ["step"]
-        self.rows: dict[int, dict[str, str]] = {}
-        self._last_start = 0  # where the last step's line begins, to be rewritten when more of it comes
-        if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    step = row.pop("step", "") or ""
-                    if step.isdigit() and int(step) <= from_step and None not in row:  # a torn line is no row
-                        self.rows[int(step)] = {k: v for k, v in row.items() if v}
-            for row in self.rows.values():
-                self.columns += [k for k in row if k not in self.columns]
-            self._rewrite()
-        self._last = max(self.rows, default=-1)
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        assert step is not None
-        new = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
-        row = self.rows.setdefault(step, {})
-        row.update(new)
-        unknown = [k for k in new if k not in self.columns]
-        if unknown or step < self._last or not self.path.exists():
-            self.columns += unknown
-            self._last = max(self._last, step)
-            self._rewrite()
-            return
-        with self.path.open("r+b") as file:
-            if step > self._last:
-                self._last, self._last_start = step, file.seek(0, os.SEEK_END)
-            file.seek(self._last_start)
-            file.write(self._line(step).encode())
-            file.truncate()
-
-    def _line(self, step: int) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([step, *(self.rows[step].get(k, "") for k in self.columns[1:])])
-        return text.getvalue()
-
-    def _rewrite(self) -> None:
-        lines = [",".join(self.columns) + "\n", *(self._line(step) for step in sorted(self.rows))]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines))
-        self._last_start = sum(len(line.encode()) for line in lines[:-1])
+TOLD = {  # by which attribute of which callback
+    "system/checkpoint_seconds": ("Checkpoint", "last_seconds"),
+    "system/checkpoint_bytes": ("Checkpoint", "last_bytes"),
+    "train/skipped": ("Guard", "skipped"),
+}
 
 
 class TrainMetrics(Callback):
     """Logs to every logger, every so many steps, and not through Lightning, whose `self.log` costs 0.3 ms a step.
 
+    A last step that is no multiple of the interval gets a row too; the next regular row is then what it would have
+    been without. A checkpoint keeps the sums of every device and all of metrics.csv, so that a run that was stopped
+    logs what one logs that was not.
+
+    Columns under `system/`: `memory_bytes`, see `hardware.memory_bytes`; `peak_share`, the operations of forward and
+    backward passes (three forward passes' worth) a second over what the devices' matrix multiplications reach, measured
+    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint. Trackers also get the loss by
+    noise level.
+
+    Args:
+        every_n_steps: optimiser steps between two rows.
+        image_shape: (C, H, W).
+        precision: see `TrainerSettings.chosen_precision`.
+
     Attributes:
         images_seen: by all devices since the run began.
-        images_per_second: of all devices, in the steps since the last log, validation and sampling left out.
+        images_per_second: of all devices, in the steps since the last row; validation, sampling and saving left out.
+        last_loss: of the last row.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int], precision: str) -> None:
         self.every_n_steps = every_n_steps
+        self.image_shape = image_shape
+        self.precision = precision
         self.images_seen = 0
         self.images_per_second = 0.0
-        self.loss: Tensor | None = None  # mean since the last log
-        self.last_loss = float("nan")  # the last that was logged
-        self._steps = 0
-        self._images = 0
+        self.last_loss = float("nan")
+        self._batch_losses: list[Tensor] = []  # of the step that is not complete
+        self._loss_sum: Tensor | None = None  # (2,) of good steps since the last regular row, and how many
+        self._images = 0  # by all devices while the clock of `images_per_second` ran
         self._seconds = 0.0
         self._total_seconds = 0.0
         self._total_images = 0
@@ -110,6 +62,7 @@ class TrainMetrics(Callback):
         self._wall_start = time.perf_counter()
         self._wall_before = 0.0
         self._step = 0
+        self._peak_images_per_second = float("nan")  # of all devices, if they did nothing but multiply matrices
 
     @property
     def mean_images_per_second(self) -> float:
@@ -121,26 +74,36 @@ class TrainMetrics(Callback):
         """Since the run began, the time between a stop and its resume left out."""
         return self._wall_before + time.perf_counter() - self._wall_start
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
+        net: Any = pl_module.net
+        device = trainer.strategy.root_device
+        flops = 3 * flops_per_image(net, self.image_shape, device)  # on every process: the weights may be shared out
+        peak = peak_flops(device, self.precision) * trainer.world_size
+        self._peak_images_per_second = peak / flops if flops else float("nan")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if not self._started:
             self._started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         loss = outputs["loss"].detach()
-        self.loss = loss if self.loss is None else self.loss + loss
-        self._steps += 1
+        self._batch_losses.append(loss.float())
         self._images += len(batch.x0) * trainer.world_size
+        self.images_seen += len(batch.x0) * trainer.world_size
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps and self._step < trainer.max_steps:
-            return
-        self._log(trainer, pl_module)
+        step_loss = torch.stack(self._batch_losses).mean()
+        both = torch.stack([step_loss, torch.ones_like(step_loss)]).masked_fill_(pl_module.guard.left_out(), 0.0)
+        self._loss_sum = both if self._loss_sum is None else self._loss_sum + both
+        self._batch_losses = []
+        regular = self._step % self.every_n_steps == 0
+        if regular or self._step >= trainer.max_steps:
+            self._log(trainer, pl_module)
+        if regular:
+            self._loss_sum = None
+            pl_module.loss_by_level.sums = None
 
     @staticmethod
     def pause_all(trainer: Trainer) -> None:
@@ -156,44 +119,83 @@ class TrainMetrics(Callback):
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.loss is not None
+    def _log(self, trainer: Trainer, pl_module: Any) -> None:
         self.pause_all(trainer)
-        self.images_seen += self._images
+        self.images_per_second = self._images / max(self._seconds, 1e-9)
         self._total_images += self._images
         self._total_seconds += self._seconds
-        self.images_per_second = self._images / max(self._seconds, 1e-9)
-        loss = float(self.loss) / self._steps
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in the {self._steps} batches before step {trainer.global_step}: training has "
-                "diverged; lower optimizer.lr, or set trainer.gradient_clip_norm"
-            )
-        self.last_loss = loss
+        self._images, self._seconds = 0, 0.0
+        sums = trainer.strategy.reduce(self._sums(pl_module), reduce_op="sum")
+        good_steps = float(sums[1])
+        if good_steps:
+            self.last_loss = float(sums[0]) / good_steps
         metrics = {
-            "train/loss": loss,
-            "train/grad_norm": float(pl_module.grad_norm),  # type: ignore[arg-type]
-            "train/lr": pl_module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            **({"train/loss": self.last_loss} if good_steps else {}),
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/lr": pl_module.optimizers().param_groups[0]["lr"],
             "images": self.images_seen,
             "images_per_second": self.images_per_second,
+            "system/memory_bytes": memory_bytes(trainer.strategy.root_device),
+            "system/peak_share": self.images_per_second / self._peak_images_per_second,
+            **self._from_callbacks(trainer),
         }
-        self.loss, self._steps, self._images, self._seconds = None, 0, 0, 0.0
+        losses, counts = sums[2:].reshape(2, BINS).cpu()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+            if counts.any():
+                log_histogram(logger, "train/loss_by_level", losses / counts.clamp(min=1), trainer.global_step)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @staticmethod
+    def _from_callbacks(trainer: Trainer) -> dict[str, float]:
+        """What other callbacks have to tell."""
+        values = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for column, (owner, attribute) in TOLD.items():
+                if type(callback).__name__ == owner and getattr(callback, attribute, None) is not None:
+                    values[column] = float(getattr(callback, attribute))
+        return values
+
+    def _sums(self, module: Any) -> Tensor:
+        """What this device has summed up since the last regular row: loss, steps, and by level, (2 + 2 BINS,)."""
+        assert self._loss_sum is not None
+        levels = module.loss_by_level.sums
+        if levels is None:
+            levels = torch.zeros(2, BINS, device=self._loss_sum.device)
+        return torch.cat([self._loss_sum, levels.flatten()])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.pause_all(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "images_seen": self.images_seen + self._images,
-            "total_images": self._total_images,
-            "total_seconds": self._total_seconds,
+    # On every process, for the sums of all of them; `state_dict` would not know the trainer.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.pause_all(trainer)
+        state: dict[str, Any] = {
+            "images_seen": self.images_seen,
+            "total_images": self._total_images + self._images,
+            "total_seconds": self._total_seconds + self._seconds,
             "wall_seconds": self.wall_seconds,
         }
+        if self._loss_sum is not None:
+            sums = self._sums(pl_module)
+            state["sums"] = (
+                trainer.strategy.all_gather(sums).reshape(-1, len(sums)).cpu().clone()
+            )  # (devices, 2 + 2 BINS)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                state["table"] = logger.table()
+        checkpoint["callbacks"][self.state_key] = state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.images_seen = state_dict["images_seen"]
-        self._total_images = state_dict["total_images"]
-        self._total_seconds = state_dict["total_seconds"]
-        self._wall_before = state_dict["wall_seconds"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        self.images_seen = state.get("images_seen", 0)
+        self._total_images = state.get("total_images", 0)
+        self._total_seconds = state.get("total_seconds", 0.0)
+        self._wall_before = state.get("wall_seconds", 0.0)
+        if "sums" in state:
+            sums: Tensor = state["sums"]
+            same_devices = len(sums) == trainer.world_size
+            mine = sums[trainer.global_rank] if same_devices else sums.double().mean(0).float()
+            mine = mine.to(trainer.strategy.root_device)
+            self._loss_sum = mine[:2].clone()
+            pl_module.loss_by_level.sums = mine[2:].reshape(2, BINS).clone()

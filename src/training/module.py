@@ -12,9 +12,12 @@ from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
+from src.runs import net_state
+from src.training.by_level import LossByLevel
 from src.training.ema import EMA
 from src.training.guard import Guard
 from src.training.lr import Constant
+from src.training.masters import MasterWeights
 
 GOLDEN_RATIO = 0.6180339887498949
 QUARTERS = 4
@@ -36,6 +39,7 @@ class DiffusionModule(LightningModule):
         seed: all randomness of a step follows from (seed, step, row of its batch).
         offset_noise: standard deviation of what is added to a whole channel's noise (Guttenberg 2023, "Diffusion with
             Offset Noise", who uses 0.1); 0 for none.
+        masters: the weights of a network that computes in bfloat16.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class DiffusionModule(LightningModule):
         seed: int,
         label_dropout: float = 0.1,
         offset_noise: float = 0.0,
+        masters: MasterWeights | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -60,16 +65,20 @@ class DiffusionModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
         self.guard = guard
+        self.masters = masters
         self.seed = seed
         self.label_dropout = label_dropout
         self.offset_noise = offset_noise
         self.num_classes: int | None = getattr(net, "num_classes", None)
         self.self_conditioning: bool = getattr(net, "self_conditioning", False)
         self.dropouts = [layer for layer in net.modules() if isinstance(layer, Dropout)]
+        self.loss_by_level = LossByLevel()
         self.seen: list[Tensor] = []  # of each part of the step so far: its loss, losses and u, (3, B)
         self.grad_norm: Tensor | None = None
 
     def on_fit_start(self) -> None:
+        if self.masters is not None:
+            self.masters.to(self.device)
         self.noise = RowNoise(mix(self.seed, 3), self.device)
         self.channel_noise = RowNoise(mix(self.seed, 4), self.device)
 
@@ -175,18 +184,26 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["density"] = self.diffusion.density.state_dict()
+        if self.masters is not None:
+            checkpoint["state_dict"].update({f"net.{name}": weight for name, weight in self.masters.named()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
+        if self.masters is not None:
+            self.masters.load(net_state(checkpoint["state_dict"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.make_optimizer(p for p in self.parameters() if p.requires_grad)
+        weights: Iterable[Any] = self.net.parameters() if self.masters is None else self.masters.parameters
+        of_loss = () if self.loss is None else self.loss.parameters()
+        optimizer = self.make_optimizer(p for p in (*weights, *of_loss) if p.requires_grad)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips by the total norm and keeps it for the log; Lightning's own refuses fused optimisers."""
+        if self.masters is not None:
+            self.masters.take_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_norm is not None:
@@ -198,6 +215,13 @@ class DiffusionModule(LightningModule):
         elif bad:
             for parameter in parameters:
                 parameter.grad = None
+        _, losses, u = torch.cat(self.seen, dim=1)
+        self.loss_by_level.add(u, losses, bad)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.masters is not None:
+            self.masters.give_weights()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         factor = self.lr_schedule(self.global_step, self.trainer.max_steps)

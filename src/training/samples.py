@@ -1,6 +1,5 @@
 """The grid of samples from fixed noise, so that the pictures of a run can be flicked through."""
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from src.diffusion.samplers import Sampler, generate
+from src.files import tolerated
 from src.pictures import enlarge, grid, save_png, to_uint8
+from src.processes import Group
 from src.runs import cycled_labels
+from src.threads import Tick, in_threads, share_out, untold
 from src.training.loggers import log_image
 from src.training.metrics import TrainMetrics
 from src.training.units import Steps
@@ -59,25 +61,38 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         TrainMetrics.pause_all(trainer)
-        if not trainer.is_global_zero:
-            return
         training = pl_module.training
         pl_module.eval()
-        with torch.no_grad(), pl_module.ema.swapped(), trainer.precision_plugin.forward_context():  # type: ignore[operator,union-attr]
-            images = torch.cat([self._sample(pl_module, low) for low in range(0, self.num_samples, self.batch_size)])
+        with pl_module.ema.swapped():  # type: ignore[operator,union-attr]
+            images = self._images(trainer, pl_module)
         pl_module.train(training)
-        picture = grid(to_uint8(images).cpu())
+        if not images:
+            return
+        picture = grid(torch.cat(images))
         folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        save_png(picture, folder / f"step={trainer.global_step}.png", enlarge(self.image_shape[1]))
+        with tolerated(folder):
+            folder.mkdir(exist_ok=True)
+            save_png(picture, folder / f"step={trainer.global_step}.png", enlarge(self.image_shape[1]))
         for logger in trainer.loggers:
             log_image(logger, "samples", picture, trainer.global_step)
 
-    def _sample(self, module: LightningModule, low: int) -> Tensor:
+    def _images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
+        """Batches of uint8 images, (B, C, H, W) on the CPU, a share of them from each rank; in ranks above 0 none."""
         diffusion: Any = module.diffusion
-        indices = range(low, min(low + self.batch_size, self.num_samples))
         net: Any = module.net
-        denoise = diffusion.denoiser(net, cycled_labels(net, indices, module.device))
-        steps = generate(denoise, self.sampler, diffusion.schedule, self.image_shape, 0, indices, module.device)
-        (last,) = deque(steps, maxlen=1)
-        return last.x
+        device = module.device
+
+        def sample(indices: range, tick: Tick) -> Tensor:
+            denoise = diffusion.denoiser(net, cycled_labels(net, indices, device))
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                x = torch.empty(0)
+                for step in generate(denoise, self.sampler, diffusion.schedule, self.image_shape, 0, indices, device):
+                    x = step.x
+                    tick(len(indices))
+            return to_uint8(x).cpu()
+
+        group = Group(trainer.global_rank, trainer.world_size)
+        own = group.share(share_out(self.num_samples, self.batch_size, self.image_shape, device, group))
+        if getattr(net, "_compiled_call_impl", None) is not None:  # threads cannot compile at the same time
+            return group.gather([sample(indices, untold) for indices in own])
+        return group.gather(in_threads(sample, own, device))

@@ -19,11 +19,12 @@ from lightning.pytorch.plugins.environments import (
 from torch import nn
 
 from src.errors import UserError
-from src.launch import launched
+from src.launch import launched, meeting_point
+from src.training.masters import MasterWeights
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32-true", "tf32", "bf16-mixed", "bf16-true", "16-mixed"]
 if TYPE_CHECKING:
     Nodes = int  # what `num_nodes` is once the settings are made
 else:
@@ -78,14 +79,33 @@ class TrainerSettings:
             raise ValueError(f"devices={list(self.devices)} are indices of GPUs and there are none; use devices=auto")
         if isinstance(self.devices, list | tuple) and len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices={list(self.devices)} name a GPU twice")
+        self._check_precision()
+        self._check_launch(gpus)
+
+    def _check_precision(self) -> None:
+        """Refuses a precision that the device lacks."""
         if self.precision == "16-mixed" and self.device_type == "cpu":
             raise ValueError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
-        self._check_launch(gpus)
+        if self.precision == "tf32" and (self.device_type != "cuda" or torch.cuda.get_device_capability() < (8, 0)):
+            raise ValueError("precision=tf32 needs an NVIDIA GPU from Ampere on; use 32-true")
+        if self.precision in ("bf16-mixed", "bf16-true") and self.device_type == "cuda" and not self._has_bf16:
+            raise ValueError(f"precision={self.precision} needs a GPU that multiplies in bfloat16; use 16-mixed")
+
+    @property
+    def _has_bf16(self) -> bool:
+        """Whether the device multiplies in bfloat16 by itself."""
+        if self.device_type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.device_type == "cpu" and _cpu_has_bf16()
 
     def _check_launch(self, gpus: int) -> None:
         """Compares with what torchrun or srun started."""
         launch = launched()
         if launch is None:
+            if self.num_nodes > 1:
+                raise ValueError(
+                    f"num_nodes={self.num_nodes} needs a launcher for the processes of all nodes: torchrun or srun"
+                )
             return
         started = f"{launch.launcher} started {launch.world_size} processes, {launch.local_world_size} a node"
         if (self.num_devices, self.num_nodes) != (launch.local_world_size, launch.num_nodes):
@@ -125,24 +145,27 @@ class TrainerSettings:
         """`precision`, with auto as bf16-mixed where the hardware multiplies in bfloat16, and 32-true elsewhere."""
         if self.precision != "auto":
             return self.precision
-        if self.device_type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bf16 = self.device_type == "cpu" and _cpu_has_bf16()
-        return "bf16-mixed" if has_bf16 else "32-true"
+        return "bf16-mixed" if self._has_bf16 else "32-true"
 
     @property
     def fused_optimizer(self) -> bool:
         """Whether the fused optimiser is right: it unscales gradients itself, too late for clipping under 16-mixed."""
         return self.chosen_precision != "16-mixed"
 
-    def prepare(self, net: nn.Module) -> nn.Module:
-        """Sets the network's memory format, and compiles it in place, which leaves its parameters' names alone."""
+    def prepare(self, net: nn.Module) -> MasterWeights | None:
+        """Sets the network's memory format and, of bf16-true, its type, and compiles it; all in place.
+
+        Compiled so, its parameters keep their names.
+
+        Returns:
+            the float32 weights of bf16-true.
+        """
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
+        masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
         if self.compile:
             net.compile()
-        return net
+        return masters
 
     def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end.
@@ -155,13 +178,15 @@ class TrainerSettings:
                 "trainer: strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp"
             )
         quiet_lightning()
+        torch.set_float32_matmul_precision("high" if self.chosen_precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.chosen_precision != "32-true"  # torch's default lets convolutions round
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
-        return Trainer(
+        trainer = Trainer(
             accelerator=self.accelerator,
             devices=devices,
             num_nodes=self.num_nodes,
             strategy="ddp" if self.strategy == "auto" and self.num_devices * self.num_nodes > 1 else self.strategy,
-            precision=self.chosen_precision,  # type: ignore[arg-type]
+            precision=self.chosen_precision if "mixed" in self.chosen_precision else "32-true",  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=self.accumulate_grad_batches,
@@ -179,6 +204,9 @@ class TrainerSettings:
             inference_mode=False,  # lets a compiled network serve training and validation
             use_distributed_sampler=False,
         )
+        # Lightning broadcasts each step whether a SIGTERM came, and waits for the answer; `Stop` does it without.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        return trainer
 
 
 def _environment() -> list[ClusterEnvironment]:
@@ -186,7 +214,8 @@ def _environment() -> list[ClusterEnvironment]:
     launch = launched()
     if launch is None:  # Lightning looks around itself, and takes Slurm's batch script for a task of srun
         return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ else []
-    if launch.launcher == "torchrun":
+    meeting_point()
+    if launch.launcher != "srun":
         return [TorchElasticEnvironment()]
     os.environ["SLURM_NTASKS_PER_NODE"] = str(launch.local_world_size)  # which srun --ntasks leaves unset
     return [SLURMEnvironment(auto_requeue=False)]  # src/train.py does so, when the checkpoint is saved
@@ -207,6 +236,7 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1x1 kernels
 
 
 def refuse_ddp_sweep(settings: TrainerSettings) -> None:

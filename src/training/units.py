@@ -52,3 +52,16 @@ def _steps(key: str, value: Any, images_per_step: int) -> Any:
         images = Images(value).number
         return max(1, round(images / images_per_step)) if images else 0
     return in_steps(value, images_per_step)
+
+
+def share(steps: Any, parts: int) -> Any:
+    """One of so many parts of a number of steps or images, 1 at least: ${share:${trainer.max_steps},32} in YAML.
+
+    What is neither stays as it is, to be refused where it stands.
+    """
+    if isinstance(steps, int):
+        return max(1, steps // parts)
+    try:
+        return f"{max(1, Images(steps).number // parts)}img"
+    except ValueError:
+        return steps

@@ -167,9 +167,9 @@ def test_a_compiled_network_in_channels_last_keeps_its_parameters_names(tmp_path
 
     net = UNet(1, 8, base_channels=16, channel_mults=(1, 2), num_res_blocks=1)
     names = list(net.state_dict())
-    prepared = TrainerSettings(accelerator="cpu", compile=True, channels_last=True).prepare(net)
-    assert list(prepared.state_dict()) == names
-    assert prepared.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    TrainerSettings(accelerator="cpu", compile=True, channels_last=True).prepare(net)
+    assert list(net.state_dict()) == names
+    assert net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_it_prints_progress_and_where_things_lie(command, tmp_path):

@@ -1,26 +1,102 @@
 """Trackers: what reaches them, and that a missing server never stops a run."""
 
+import base64
+import hashlib
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
-from src.training import loggers
-from tests.helpers import rows
+from src.training import loggers, wandb_tracker
+from src.training.wandb_tracker import WandbTracker
+from tests.helpers import items, records, rows
+from tests.training.fake_wandb import FakeServer, Watch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+LEVELS = "+callbacks.levels._target_=tests.training.fake_wandb.Levels"
+PLOTTED = {"train/loss", "train/grad_norm", "train/lr", "images_per_second", "system/memory_bytes", "system/peak_share"}
 
 
 def test_tensorboard_gets_scalars_pictures_configuration_and_summary(command, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert command("train", "experiment=smoke", "logger=tensorboard", f"hydra.run.dir={tmp_path}").code == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    assert command("train", "experiment=smoke", "logger=tensorboard", LEVELS, f"hydra.run.dir={tmp_path}").code == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(int(r["step"]), pytest.approx(float(r["train/loss"]), rel=1e-6)) for r in rows(tmp_path)]
+    assert set(events.Tags()["scalars"]) >= PLOTTED | (rows(tmp_path)[0].keys() - {"step"})
     assert [event.step for event in events.Scalars("val/loss_ema")] == [10, 20]
+    levels = events.Histograms("train/loss_by_level")
+    assert [event.step for event in levels] == [5, 10, 15, 20]
+    assert levels[0].histogram_value.bucket_limit == pytest.approx([(i + 1) / 20 for i in range(20)])
+    assert len(levels[0].histogram_value.bucket) == 20
     assert [event.step for event in events.Images("samples")] == [10, 20]
     assert {"config/text_summary", "summary/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_an_offline_wandb_run_reads_back(command, tmp_path):
+    arguments = ["experiment=smoke", "logger=wandb", LEVELS, f"hydra.run.dir={tmp_path}"]
+    outcome = command("train", *arguments)
+    assert outcome.code == 0, outcome.err
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert f"wandb sync {file.parent}" in outcome.out
+    found = records(file)
+
+    config = items(found["run"][0].config.update)
+    assert {k: v for k, v in config.items() if k != "_wandb"} == yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+    history = [items(row.item) for row in found["history"]]
+    assert [row["_step"] for row in history] == [5, 10, 15, 20]  # one row a step, as in metrics.csv
+    for row, written in zip(history, rows(tmp_path, without=()), strict=True):
+        assert row.keys() >= PLOTTED
+        assert {k: row[k] for k, v in written.items() if v and k != "step"} == pytest.approx(
+            {k: float(v) for k, v in written.items() if v and k != "step"}, rel=1e-12
+        )
+        assert row["train/loss_by_level/_type"] == "histogram"
+        assert row["train/loss_by_level/bins"] == pytest.approx([i / 20 for i in range(21)])
+        assert len(row["train/loss_by_level/values"]) == 20
+
+    pictures = [name for row in history for name in row.get("samples/filenames", [])]
+    assert len(pictures) == 2
+    with Image.open(file.parent / "files" / pictures[-1]) as small, Image.open(tmp_path / "samples/step=20.png") as big:
+        assert (np.asarray(small.convert("L")) == np.asarray(big.convert("L"))[::8, ::8]).all()
+
+    summary = {k: v for record in found["summary"] for k, v in items(record.update).items()}
+    final = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["metrics"] == pytest.approx(final["metrics"])
+    assert {k: summary[k] for k in ("steps", "parameters", "images_seen")} == {
+        k: final[k] for k in ("steps", "parameters", "images_seen")
+    }
+    assert "artifact" not in found
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
+def test_the_best_checkpoint_becomes_an_artifact_when_asked(command, tmp_path, monkeypatch, name):
+    """The last one where there is no best. What is uploaded later is a file of its own: the run may go on."""
+    if name == "last.ckpt":
+        monkeypatch.setattr("src.training.wandb_tracker.BEST", Path("checkpoints", "none.ckpt"))
+    arguments = ["experiment=smoke", "logger=wandb", "logger.artifact=true", f"hydra.run.dir={tmp_path}"]
+    assert command("train", *arguments).code == 0
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (artifact,) = records(file)["artifact"]
+    assert (artifact.type, artifact.finalize) == ("model", True)
+    (content,) = artifact.manifest.contents
+    assert content.path == name
+    saved = (tmp_path / "checkpoints" / name).read_bytes()
+    assert Path(content.local_path).read_bytes() == saved
+    assert content.digest == base64.b64encode(hashlib.md5(saved).digest()).decode()
 
 
 @pytest.fixture
@@ -105,3 +181,87 @@ def _short_timeout(init):
         init(self, *args, **settings)
 
     return patched
+
+
+class SlowRun:
+    """A run of W&B whose first call takes until it is let go."""
+
+    id, dir, offline = "slow", "runs/slow/files", True
+
+    def __init__(self):
+        self.go, self.logged, self.code = threading.Event(), [], None
+
+    def log(self, row, step):
+        self.go.wait()
+        self.logged.append(step)
+
+    def finish(self, exit_code):
+        self.code = exit_code
+
+
+def test_a_queue_that_is_full_drops_the_newest_and_says_so_once(capsys, monkeypatch):
+    monkeypatch.setattr(wandb_tracker, "QUEUE", 5)
+    run = SlowRun()
+    tracker = WandbTracker(run)
+    for step in range(20):
+        tracker.log_metrics({"a": 1.0}, step)
+        if step == 0:
+            while tracker._calls.qsize():  # the thread has taken the first
+                time.sleep(0.001)
+    assert capsys.readouterr().out.count("W&B does not keep up") == 1
+    run.go.set()
+    tracker.finish(0)
+    assert run.logged == [0, 1, 2, 3, 4, 5]
+    assert run.code == 0
+    assert "too slow for 14 calls" in capsys.readouterr().out
+
+
+def test_a_run_that_refuses_stops_nothing(capsys):
+    run = SlowRun()
+    run.log = lambda row, step: 1 / 0
+    tracker = WandbTracker(run)
+    tracker.log_metrics({"a": 1.0}, 1)
+    tracker.log_metrics({"a": 1.0}, 2)
+    tracker.finish(3)
+    assert run.code == 3
+    assert capsys.readouterr().out.count("W&B takes no more") == 1
+
+
+SHORT_FINISH = """
+import src.training.wandb_tracker as tracker
+tracker.FINISH_SECONDS = 4.0
+from src.train import main
+main()
+"""
+
+
+@pytest.mark.parametrize("wrong", ["hang", "die", "stall"])
+def test_training_does_not_wait_for_wandb(tmp_path, wrong):
+    """The server hangs or dies, or W&B's own process stops, in mid-run: no step waits a second, and the run ends."""
+    run, longest = tmp_path / "run", tmp_path / "longest"
+    with FakeServer() as server:
+        watch = {"out": longest, "wrong": wrong, "url": server.url, "after_step": 5}
+        arguments = [
+            *("experiment=smoke", "logger=wandb", "trainer.max_steps=40", "trainer.log_every_n_steps=1"),
+            *("callbacks.samples.num_samples=1", "trainer.val_every_n_steps=40"),
+            f"+callbacks.watch._target_={Watch.__module__}.Watch",
+            *(f"+callbacks.watch.{name}={value}" for name, value in watch.items()),
+        ]
+        others = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # this process's own
+        online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
+        result = subprocess.run(
+            [sys.executable, "-c", SHORT_FINISH, *arguments, f"hydra.run.dir={run}"],
+            cwd=ROOT,
+            capture_output=True,  # and wait until whatever the run started has closed it
+            text=True,
+            timeout=120,
+            env={**others, **online, "OMP_NUM_THREADS": "1"},
+        )
+    assert result.returncode == 0, result.stderr
+    assert float(longest.read_text()) < 1.0
+    assert [int(row["step"]) for row in rows(run)] == list(range(1, 41))
+    assert "W&B did not answer; later: wandb sync " in result.stdout
+    folder = Path(result.stdout.partition("W&B did not answer; later: wandb sync ")[2].splitlines()[0])
+    (file,) = folder.glob("run-*.wandb")
+    if wrong != "stall":  # a process that was stopped could not write
+        assert set(range(1, 41)) <= {row.step.num for row in records(file)["history"]}

@@ -1,8 +1,25 @@
-"""metrics.csv: rows, columns and continuation."""
+"""metrics.csv: rows, columns and continuation; what a run logs does not depend on when it was stopped."""
 
 import csv
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
-from src.training.metrics import MetricsCSV
+import pytest
+import torch
+
+from src.training.hardware import memory_bytes, peak_flops
+from src.training.metrics import BINS, LossByLevel
+from src.training.metrics_csv import MetricsCSV
+from tests.helpers import rows
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVELS = "tests.training.fake_wandb.Levels"
 
 
 def table(path):
@@ -57,3 +74,229 @@ def test_the_last_row_can_be_completed_after_a_continuation(tmp_path):
     MetricsCSV(path).log_metrics({"a": 1, "b": 2}, step=1)
     MetricsCSV(path, from_step=1).log_metrics({"b": 3}, step=1)
     assert table(path) == [{"step": "1", "a": "1.0", "b": "3.0"}]
+
+
+@pytest.fixture
+def four_rows(tmp_path):
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    values = [1 / 3, -math.inf, math.nan, 5e-324]
+    for step, value in enumerate(values, 1):
+        log.log_metrics({"a": value}, step=step)
+        if step % 2 == 0:
+            log.log_metrics({"b": -0.0}, step=step)
+    return log
+
+
+def test_the_table_keeps_every_value_and_every_empty_cell(four_rows, tmp_path):
+    """NaN that was logged is no empty cell. Through a file, loaded as a checkpoint is."""
+    torch.save(four_rows.table(), tmp_path / "table")
+    again = MetricsCSV(tmp_path / "again.csv", table=torch.load(tmp_path / "table", weights_only=True))
+    assert again.path.read_bytes() == four_rows.path.read_bytes()
+    assert table(again.path)[2] == {"step": "3", "a": "nan", "b": ""}
+    assert again.columns == ["step", "a", "b"]
+
+
+def test_an_empty_table_goes_on(tmp_path):
+    log = MetricsCSV(tmp_path / "metrics.csv", table=MetricsCSV(tmp_path / "metrics.csv").table())
+    log.log_metrics({"a": 1.0}, step=1)
+    assert table(log.path) == [{"step": "1", "a": "1.0"}]
+
+
+def damages(whole: bytes, from_byte: int):
+    """The file gone, cut at every byte from the given one on, and with one bit of each of these bytes turned."""
+    yield None
+    for i in range(from_byte, len(whole)):
+        yield whole[:i]
+        yield whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :]
+
+
+def test_with_a_table_no_damage_to_the_file_is_seen(four_rows):
+    kept, path = four_rows.table(), four_rows.path
+    four_rows.log_metrics({"a": 5.0}, step=5)  # later than the table, to be done again
+    whole = path.read_bytes()
+    expected = whole.replace(b"5,5.0,\n", b"5,50.0,\n")
+    for damaged in damages(whole, whole.index(b"\n4,")):
+        path.unlink(missing_ok=True)
+        if damaged is not None:
+            path.write_bytes(damaged)
+        MetricsCSV(path, from_step=4, table=kept).log_metrics({"a": 50.0}, step=5)
+        assert path.read_bytes() == expected
+
+
+def test_without_a_table_a_torn_line_is_dropped(four_rows):
+    """Checkpoints from before there were tables: every line that is whole stays, and none is half a number."""
+    whole = four_rows.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for i in range(len(lines[0]), len(whole)):
+        four_rows.path.write_bytes(whole[:i])
+        continued = MetricsCSV(four_rows.path, from_step=4)
+        kept = [line for n, line in enumerate(lines[1:], 1) if len(b"".join(lines[: n + 1])) <= i]
+        assert [str(step).encode() for step in continued.rows] == [line.split(b",")[0] for line in kept]
+        continued.log_metrics({"a": 1.0, "b": 2.0}, step=5)
+        assert four_rows.path.read_bytes().endswith(b"\n5,1.0,2.0\n")
+
+
+def test_a_full_disk_loses_no_row(tmp_path, capsys):
+    """The limit on a file's size stands in for the disk's: writes stop in the middle of a line."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        for step in range(1, 40):
+            log.log_metrics({"a": step / 3}, step=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.stat().st_size <= 100
+    log.log_metrics({"a": 40 / 3}, step=40)
+    assert [float(row["a"]) for row in table(log.path)] == [step / 3 for step in range(1, 41)]
+    said = capsys.readouterr().out
+    assert said.count("metrics.csv could not be written") == 1
+    assert "training goes on" in said
+
+
+def test_a_file_that_is_taken_away_or_cut_is_written_again(four_rows):
+    whole = four_rows.path.read_bytes()
+    for damaged in damages(whole, len(whole) - 3):
+        if damaged is None:
+            four_rows.path.unlink()
+        elif len(damaged) < len(whole):
+            four_rows.path.write_bytes(damaged)
+        four_rows.log_metrics({"a": 5.0}, step=5)
+        assert four_rows.path.read_bytes() == whole + b"5,5.0,\n"
+
+
+def test_training_goes_on_where_neither_table_nor_picture_can_be_written(command, tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    outcome = command("train", "experiment=smoke", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("metrics.csv could not be written") == 1
+    assert outcome.out.count("samples could not be written") == 1
+
+
+@pytest.fixture(scope="module")
+def thirteen(tmp_path_factory):
+    """A run of 13 steps: its last row is no regular one."""
+    from src.train import main
+
+    folder = tmp_path_factory.mktemp("thirteen") / "run"
+    arguments = ["experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={folder}"]
+    with mock.patch.object(sys, "argv", ["src.train", *arguments]):
+        main()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["none", "torn", "gone", "garbage"])
+def test_a_continued_run_logs_what_an_uninterrupted_one_does(command, smoke_run, thirteen, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(thirteen, run)
+    path = run / "metrics.csv"
+    whole = path.read_bytes()
+    damaged = {"none": whole, "torn": whole[:-5], "garbage": bytes(b ^ 1 for b in whole)}
+    path.unlink()
+    if damage in damaged:
+        path.write_bytes(damaged[damage])
+    assert command("train", f"run={run}", "trainer.max_steps=20").code == 0
+    assert [row["step"] for row in rows(run)] == ["5", "10", "13", "15", "20"]
+    assert [row for row in rows(run) if row["step"] != "13"] == rows(smoke_run)
+    assert rows(run)[2] == rows(thirteen)[2]
+
+
+def test_a_loss_in_the_middle_of_an_interval_is_not_lost(command, smoke_run, thirteen, tmp_path):
+    """The row at step 15 is the mean of steps 11 to 15, three of which were before the stop."""
+    each = tmp_path / "each"
+    assert command("train", "experiment=smoke", "trainer.log_every_n_steps=1", f"hydra.run.dir={each}").code == 0
+    losses = [float(row["train/loss"]) for row in rows(each)]
+    by_step = {row["step"]: float(row["train/loss"]) for row in rows(smoke_run)}
+    assert by_step["15"] == pytest.approx(sum(losses[10:15]) / 5, rel=1e-6)
+    assert float(rows(thirteen)[2]["train/loss"]) == pytest.approx(sum(losses[10:13]) / 3, rel=1e-6)
+
+
+def test_losses_are_summed_by_level():
+    levels = LossByLevel()
+    u = torch.rand(1000)
+    losses = torch.rand(1000)
+    for part in torch.arange(1000).split(128):
+        levels.add(u[part], losses[part])
+    for i in range(BINS):
+        inside = (u >= i / BINS) & (u < (i + 1) / BINS)
+        assert levels.sums[1, i] == inside.sum()
+        assert levels.sums[0, i] == pytest.approx(float(losses[inside].sum()), rel=1e-5)
+
+
+def partial_sums(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["TrainMetrics"]["sums"]
+
+
+def test_the_sums_of_an_unfinished_row_survive_a_stop(command, tmp_path):
+    """No regular row before step 100: what a stop at 13 lost would be missing in the sums at 20."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["experiment=smoke", "trainer.log_every_n_steps=100", f"+callbacks.levels._target_={LEVELS}"]
+    assert command("train", *arguments, f"hydra.run.dir={whole}").code == 0
+    assert command("train", *arguments, "trainer.max_steps=13", f"hydra.run.dir={stopped}").code == 0
+    assert command("train", f"run={stopped}", "trainer.max_steps=20").code == 0
+    assert torch.equal(partial_sums(whole), partial_sums(stopped))
+    assert rows(whole)[-1] == rows(stopped)[-1]
+    by_level = partial_sums(whole)[0, 1:].reshape(2, BINS)
+    assert by_level[0, 0] >= 20 + sum(range(1, 21))
+    assert by_level[1, -1] >= 40
+
+
+def test_two_processes_log_the_mean_of_both_and_continue_with_it(tmp_path):
+    """Two devices; then the same on one, which goes on from the mean of what the two had summed up."""
+
+    def train(*arguments):
+        subprocess.run(
+            [sys.executable, "-m", "src.train", *arguments],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    train(*arguments, "trainer.max_steps=10", "trainer.val_every_n_steps=10", f"hydra.run.dir={whole}")
+    train(*arguments, "trainer.max_steps=8", "trainer.val_every_n_steps=10", f"hydra.run.dir={stopped}")
+    sums = partial_sums(stopped)
+    assert sums.shape == (2, 1 + 2 * BINS)
+    assert sums[0, 0] != sums[1, 0]
+    assert float(rows(stopped)[-1]["train/loss"]) == pytest.approx(float(sums[:, 0].sum()) / 6, rel=1e-6)
+    train(f"run={stopped}", "trainer.max_steps=10")
+    assert [row["step"] for row in rows(stopped)] == ["5", "8", "10"]
+    assert rows(stopped)[-1] == rows(whole)[-1]
+
+
+def test_the_systems_columns_are_in_every_row(smoke_run):
+    for row in rows(smoke_run, without=()):
+        assert 0 < float(row["system/peak_share"]) < 3  # a tiny network on a busy machine; a share, not a percentage
+        assert 1e7 < float(row["system/memory_bytes"]) < 1e12
+
+
+def test_what_other_callbacks_tell_is_logged(command, tmp_path, monkeypatch):
+    from src.training.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "last_seconds", None, raising=False)
+    monkeypatch.setattr(Checkpoint, "last_bytes", None, raising=False)
+    save = Checkpoint._save_last
+
+    def saved(self, trainer):
+        save(self, trainer)
+        self.last_seconds, self.last_bytes = 0.5, 1000 * trainer.global_step
+
+    monkeypatch.setattr(Checkpoint, "_save_last", saved)
+    assert command("train", "experiment=smoke", f"hydra.run.dir={tmp_path}").code == 0
+    table = rows(tmp_path, without=())
+    assert [row["system/checkpoint_seconds"] for row in table] == ["", "", "0.5", "0.5"]
+    assert [row["system/checkpoint_bytes"] for row in table] == ["", "", "10000.0", "10000.0"]
+
+
+def test_the_peak_is_that_of_a_matrix_multiplication():
+    cpu = torch.device("cpu")
+    state = torch.get_rng_state()
+    peak = peak_flops(cpu, "32-true")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 1e9 < peak < 1e15
+    assert peak_flops(cpu, "32-true") == peak  # measured once
+    assert memory_bytes(cpu) > 1e7

@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.training.units import Images, in_steps
+from src.training.units import Images, in_steps, share
 from tests.helpers import rows
 
 
@@ -28,6 +28,17 @@ def test_only_steps_become_steps():
         "sampler": {"steps": None, "warmup_steps": 1},
     }
     assert in_steps({"warmup_steps": "0img"}, 128) == {"warmup_steps": 0}
+
+
+def test_a_share_of_a_training():
+    assert [share(n, 32) for n in (1000, 20, "200Mimg", "10img", "10kim", None)] == [
+        31,
+        1,
+        "6250000img",
+        "1img",
+        "10kim",
+        None,
+    ]
 
 
 def test_a_run_counted_in_images_is_the_run_counted_in_steps(command, smoke_run, tmp_path):

@@ -1,0 +1,216 @@
+"""What the tests of faults share: runs in processes of their own, and callbacks that do the harm from inside.
+
+A process is forked from a server that has imported everything, so that a run that is to be killed begins at once.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from tests.helpers import rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["src.training.fit", "hydra", "tests.faults"])
+
+
+def _run(arguments: list[str], output: Path) -> None:
+    """In the new process: `python -m src.train <arguments>`, one thread, all output into a file."""
+    os.setsid()
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["src.train", *arguments]
+    torch.set_num_threads(1)
+    from src.train import main
+
+    main()
+
+
+def start(*arguments: str, output: Path) -> ForkServerProcess:
+    """A training in a process of its own."""
+    process = SERVER.Process(target=_run, args=(list(arguments), output))
+    process.start()
+    return process
+
+
+def finish(*arguments: str, output: Path, timeout: float = 300) -> int:
+    """Trains to the end; the exit code, negative for a signal."""
+    process = start(*arguments, output=output)
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"no end after {timeout} s: {output.read_text()[-2000:]}")
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], bool], process: ForkServerProcess, timeout: float = 120) -> None:
+    """Until the condition holds, or the process has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition() and process.is_alive():
+        if time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError("what was waited for did not come")
+        time.sleep(0.002)
+
+
+def steps_logged(run: Path) -> int:
+    """The last step of metrics.csv; 0 when there is none yet."""
+    try:
+        return max((int(row["step"]) for row in rows(run)), default=0)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # caught in the middle of a line
+        return 0
+
+
+def saved_step(run: Path) -> int:
+    """That of last.ckpt; 0 when there is none yet."""
+    try:
+        return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    except FileNotFoundError:
+        return 0
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments of last.ckpt."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    moments = checkpoint["optimizer_states"][0]["state"]
+    return {
+        **checkpoint["state_dict"],
+        **{f"ema {name}": value for name, value in checkpoint["ema"].items()},
+        **{f"adam {i} {name}": value for i, of in moments.items() for name, value in of.items()},
+    }
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, averages, moments, metrics and sample grids, to the bit."""
+    wa, wb = state(a), state(b)
+    assert wa.keys() == wb.keys()
+    assert [name for name in wa if not torch.equal(wa[name], wb[name])] == []
+    assert rows(a) == rows(b)
+    grids = [sorted((run / "samples").iterdir()) for run in (a, b)]
+    assert [grid.name for grid in grids[0]] == [grid.name for grid in grids[1]]
+    assert all(x.read_bytes() == y.read_bytes() for x, y in zip(*grids, strict=True))
+    assert list(b.rglob("*.tmp")) == []
+
+
+class SlowWrites(Callback):
+    """Writes half of each checkpoint, waits, and writes the rest: most moments are in the middle of a save."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        writer: Any = trainer.strategy.checkpoint_io
+        dump = writer.dump
+
+        def slowly(checkpoint: dict[str, Any], file: Any) -> None:
+            import io
+
+            whole = io.BytesIO()
+            dump(checkpoint, whole)
+            data = whole.getvalue()
+            file.write(data[: len(data) // 2])
+            file.flush()
+            time.sleep(self.seconds)
+            file.write(data[len(data) // 2 :])
+
+        writer.dump = slowly
+
+
+class OnlyAtFirst(Callback):
+    """A fault that does not come back when the run is continued."""
+
+    first = False
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.first = trainer.global_step == 0
+
+
+class SlowStep(OnlyAtFirst):
+    """One step that takes long, in which a second Ctrl-C can come."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step = step
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self.first and trainer.global_step == self.step:
+            print("in the slow step", flush=True)
+            deadline = time.monotonic() + self.seconds
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+
+
+class FillDisk(OnlyAtFirst):
+    """Fills the disk that a folder is on before one step, and makes room again before another."""
+
+    def __init__(self, folder: str, full_at: int, room_at: int | None = None) -> None:
+        self.filler = Path(folder) / "filler"
+        self.full_at = full_at
+        self.room_at = room_at
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self.first and trainer.global_step == self.full_at:
+            with contextlib.suppress(OSError), self.filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if trainer.global_step == self.room_at:
+            self.filler.unlink(missing_ok=True)
+
+
+class Poison(Callback):
+    """Spoils a weight before some steps: NaN, or so large that the loss explodes.
+
+    Args:
+        steps: before which.
+        value: that the weight gets, as text, since a configuration holds no nan.
+        layer: whose first weight.
+        restores: only while training has not gone back more often than so.
+        once: put the weight right again after the gradient, as if a cosmic ray had hit an activation.
+    """
+
+    def __init__(self, steps: list[int], value: str, layer: str, restores: int = 0, once: bool = True) -> None:
+        self.steps = steps
+        self.value = float(value)
+        self.layer = layer
+        self.restores = restores
+        self.once = once
+        self._own: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        weight = pl_module.net.get_parameter(self.layer)
+        guard: Any = next(c for c in trainer.callbacks if type(c).__name__ == "Guard")  # type: ignore[attr-defined]
+        if trainer.global_step in self.steps and guard.restores <= self.restores:
+            self._own = weight.view(-1)[0].clone() if self.once else None
+            weight.view(-1)[0] = self.value
+
+    @torch.no_grad()
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._own is not None:
+            pl_module.net.get_parameter(self.layer).view(-1)[0] = self._own
+            self._own = None
+
+
+class ClockBack(Callback):
+    """Sets the clock of the process back by a day, as a machine without a battery does when it finds a time server."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            real, real_ns = time.time, time.time_ns
+            time.time = lambda: real() - 86400
+            time.time_ns = lambda: real_ns() - 86400 * 10**9
