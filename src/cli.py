@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from src.build import check, check_arguments, check_seed, unknown_key
+from src.devices import claim_gpu
 from src.errors import UserError
 from src.launch import launched, rank, stamp
 from src.training.units import share
@@ -74,16 +75,12 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         try:
             flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
             others = [argument for argument in sys.argv[1:] if argument not in flags]
-            searches = any(o.startswith("hydra/sweeper=optuna") for o in others)
-            if searches and not flags:
-                raise UserError("hydra/sweeper=optuna runs many jobs: say so with -m")
-            if searches:
-                from src.search import register
-
-                register()
             if flags:
                 _refuse_a_sweep_of_each_process()
+                _register_plugins()
                 others += _one_sweep_folder(others)
+            elif "hydra/sweeper=optuna" in others:
+                raise UserError("hydra/sweeper=optuna runs many jobs: say so with -m")
             _register_stamp(resumes="resume=auto" in others)
             sys.argv[1:] = flags + _with_inherited(others, inherit)  # argparse takes -m only before the overrides
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
@@ -111,6 +108,9 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
 def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
     _job.started = True  # type: ignore[attr-defined]
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "joblib":
+        claim_gpu()
     try:
         try:
             plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -126,11 +126,20 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         _check_writable(run_dir)
         return task(plain, run_dir)
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if sweep:
             raise  # the sweep goes on, and ends with this error
         _fail(str(error))
     finally:
         RememberFolders.remove()
+
+
+def _register_plugins() -> None:
+    """Makes the project's sweeper and launchers known to Hydra, which takes plugins from one package alone."""
+    from src import launchers, search
+
+    sys.modules["hydra_plugins.src"] = sys.modules["src"]
+    launchers.register()
+    search.register()
 
 
 def _refuse_a_sweep_of_each_process() -> None:

@@ -9,7 +9,6 @@ and starts anew at trial 0 each time.
 
 import inspect
 import math
-import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -35,12 +34,10 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 KILLED = "killed"
-NAMESPACE = "hydra_plugins.src"  # Hydra makes no sweeper of a module whose first name is another
 
 
 def register() -> None:
     """Makes the sweeper known to Hydra, which forgets it after a job."""
-    sys.modules[NAMESPACE] = sys.modules[__name__]
     Plugins.instance().register(OptunaSweeper)
 
 
@@ -50,7 +47,7 @@ class OptunaSweeper(Sweeper):
     conf/hydra/sweeper/optuna.yaml says what each argument is.
     """
 
-    __module__ = NAMESPACE
+    __module__ = f"hydra_plugins.{__name__}"  # Hydra takes plugins from nowhere else
 
     def __init__(
         self,

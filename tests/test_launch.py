@@ -50,7 +50,7 @@ def test_a_process_of_its_own(environment):
 
 def test_torchrun(environment):
     environment(TORCHELASTIC_RUN_ID="long run/7", **TORCHRUN)
-    assert launched() == Launch("torchrun", rank=1, world_size=4, local_world_size=2, num_nodes=2)
+    assert launched() == Launch("torchrun", rank=1, world_size=4, local_rank=1, local_world_size=2, num_nodes=2)
     assert rank() == 1
     assert stamp(TIME, resumes=False) == "long_run_7"
 
@@ -75,7 +75,7 @@ def test_torchrun_without_a_name_on_two_nodes_is_refused(environment, command):
 
 def test_srun(environment):
     environment(**SRUN)
-    assert launched() == Launch("srun", rank=3, world_size=4, local_world_size=2, num_nodes=2)
+    assert launched() == Launch("srun", rank=3, world_size=4, local_rank=1, local_world_size=2, num_nodes=2)
     assert rank() == 3
     assert stamp(TIME, resumes=False) == "slurm-71"
     environment(SLURM_STEP_ID="2")

@@ -1,9 +1,12 @@
 """python -m src.train -m: a folder and, with logger=wandb, an offline W&B run of its own for every job."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import yaml
 
 from tests.helpers import items, records
@@ -38,15 +41,24 @@ def test_a_sweep_over_beta_end(command, tmp_path):
         assert "parameters" in summary
 
 
-def test_jobs_in_parallel_processes(tmp_path):
+def test_jobs_in_parallel_processes_share_the_machine(tmp_path):
+    """Each job has a GPU of its own (in name: the jobs run on the CPU), and its share of the cores."""
     arguments = [
-        "experiment=smoke",
-        "schedule.beta_end=0.01,0.04",
-        "hydra/launcher=joblib",
-        f"hydra.sweep.dir={tmp_path}",
+        *["experiment=smoke", "schedule.beta_end=0.01,0.04", "trainer.max_steps=2", "hydra/launcher=joblib"],
+        *["+callbacks.probe._target_=tests.probe.Probe", f"hydra.sweep.dir={tmp_path / 'sweep'}"],
     ]
-    subprocess.run([sys.executable, "-m", "src.train", "-m", *arguments], cwd=ROOT, check=True, capture_output=True)
-    assert [(tmp_path / job / "summary.json").exists() for job in "01"] == [True, True]
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    subprocess.run(
+        [sys.executable, "-m", "src.train", "-m", *arguments],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env={**env, "CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)},
+    )
+    assert [(tmp_path / "sweep" / job / "summary.json").exists() for job in "01"] == [True, True]
+    seen = [json.loads((tmp_path / "sweep" / job / "probe-0.json").read_text()) for job in "01"]
+    assert {job["gpu"] for job in seen} == {"0", "1"}
+    assert {job["threads"] for job in seen} == {max(1, joblib.cpu_count() // 2)}
 
 
 def test_one_bad_job_does_not_stop_the_others(command, tmp_path):
@@ -69,3 +81,4 @@ def test_several_devices_in_a_sweep_are_refused(command, tmp_path):
     outcome = command("train", "-m", *arguments)
     assert outcome.code == 2
     assert "--multirun do not work in one process" in outcome.err
+    assert "hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2" in outcome.err
