@@ -6,6 +6,7 @@ A process is forked from a server that has imported everything, so that a run th
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -201,6 +202,21 @@ class Poison(Callback):
         if self._own is not None:
             pl_module.net.get_parameter(self.layer).view(-1)[0] = self._own
             self._own = None
+
+
+class StopAt(Callback):
+    """A SIGTERM in some steps, each once, whether the run was continued or not."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+        self._began = 0
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self._began = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step + 1 in self.steps and trainer.global_step + 1 > self._began:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class ClockBack(Callback):

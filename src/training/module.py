@@ -210,11 +210,7 @@ class DiffusionModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
         loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
         bad = self.guard.inspect(self.trainer.strategy.reduce(loss, reduce_op="mean"), self.grad_norm)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad:
-            for parameter in parameters:
-                parameter.grad = None
+        self.guard.leave_out(optimizer, parameters, bad)
         _, losses, u = torch.cat(self.seen, dim=1)
         self.loss_by_level.add(u, losses, bad)
 
