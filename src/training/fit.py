@@ -102,7 +102,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             while True:
                 if training.trainer.global_rank == 0:
                     table = resume["callbacks"]["TrainMetrics"]["table"] if resume else None
-                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table=table), *loggers]
+                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table), *loggers]
                 try:
                     checkpoint = run.checkpoint if run and resume else None
                     training.trainer.fit(training.module, data, ckpt_path=checkpoint, weights_only=True)
