@@ -136,7 +136,7 @@ class DiffusionModule(LightningModule):
         u = self.diffusion.draw_u(total, x0.device)[first : rows.stop]
         label_u = torch.rand(total, device=x0.device)[first : rows.stop]
         self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a step, drawn on the CPU
-        seed_device(x0.device, mix(self.seed, self.global_rank) + step * parts + part)  # for what networks draw
+        seed_device(x0.device, mix(self.seed, 5, self.global_rank) + step * parts + part)  # for what networks draw
         numbers = torch.arange(first, rows.stop, device=x0.device, dtype=torch.int32)
         give_keys(self.dropouts, scramble(numbers * GOLDEN ^ (mix(self.seed, 2, step) - 2**31)))
         t = self.diffusion.schedule.time(u)
