@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 UV := $(shell command -v uv 2>/dev/null || echo .venv/uv/bin/uv)
 .DEFAULT_GOAL := help
-.PHONY: help train sample test lint format types requirements benchmark clean
+.PHONY: help train sample test chaos lint format types requirements benchmark clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ types: $(STAMP)
 format: $(STAMP) ## format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+chaos: $(STAMP) ## kill, starve and corrupt runs, and write docs/reliability.md
+	@$(BIN)/python -m pytest -v --reliability docs/reliability.md
 
 benchmark: $(STAMP) ## the loop's tax and the data path, side by side with peers
 	@$(BIN)/python -m benchmarks.loop_tax

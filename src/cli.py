@@ -30,6 +30,7 @@ from src.build import check, check_arguments, check_seed, unknown_key
 from src.devices import claim_gpu
 from src.errors import UserError
 from src.launch import launched, rank, stamp
+from src.overrides import plain_value
 from src.training.units import share
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -192,8 +193,10 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     value = override.value()
     if value is None or str(value) == "":
         return argv
-    from src.runs import Run
+    from src.runs import CONFIG, Run
 
+    if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
+        return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
     return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
 

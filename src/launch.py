@@ -105,6 +105,11 @@ def stamp(time_format: str, resumes: bool) -> str:
     return name or datetime.now().strftime(time_format)
 
 
+def is_named() -> bool:
+    """Whether the job has a name that its next attempt has, too."""
+    return launched() is not None or "SLURM_JOB_ID" in os.environ
+
+
 def _in_slurm_step() -> bool:
     """Whether srun started this process: not a batch script itself, nor a shell that a person types into."""
     env = os.environ

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.build import build, refusals
 from src.errors import UserError
+from src.files import check_sums
 from src.shapes import as_pair
 
 if TYPE_CHECKING:
@@ -131,17 +132,10 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: when it is not.
     """
-    import zipfile
-
     import torch
 
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch writes a CRC-32 of each part, and does not check it when it reads
-            broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"the checksum of {broken} is wrong")
+        check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises anything
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.cli import command
+from src.launch import is_named, rank
 from src.overrides import as_override, plain_value
 
 
@@ -54,14 +55,19 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from src.training.stop import Stopped
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
-    if config["resume"] == "auto" and config["run"] is None and (run_dir / CONFIG).is_file():
-        config["run"] = str(run_dir)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    if config["resume"] == "auto" and config["run"] is None:
+        if (run_dir / CONFIG).is_file():
+            config["run"] = str(run_dir)
+        elif not any(o.startswith("hydra.") for o in hydra.overrides.hydra) and not is_named():
+            print("note: resume=auto finds nothing in a new folder; name one with hydra.run.dir=<folder>", flush=True)
     try:
-        return fit(config, run_dir, sweep=Path(HydraConfig.get().sweep.dir).name if sweep else None)
+        return fit(config, run_dir, sweep=Path(hydra.sweep.dir).name if sweep else None)
     except Stopped as stopped:
         folder = Path(config["run"]) if config["run"] is not None else run_dir
-        print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
+        if rank() == 0:
+            print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
         if stopped.requeue is not None:
             stopped.requeue(stopped.signum, None)
         code = config["trainer"]["requeue_code"]

@@ -75,6 +75,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", type=Path, help="write what tests of faults measured into this page")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --reliability, only the tests of faults run."""
+    if config.getoption("--reliability") is not None:
+        faults = [item for item in items if "record" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in faults])
+        items[:] = faults
+
+
 @pytest.fixture(scope="session")
 def _faults(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     found: list[dict[str, Any]] = []

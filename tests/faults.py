@@ -6,6 +6,7 @@ A process is forked from a server that has imported everything, so that a run th
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -201,6 +202,47 @@ class Poison(Callback):
         if self._own is not None:
             pl_module.net.get_parameter(self.layer).view(-1)[0] = self._own
             self._own = None
+
+
+class StopAt(Callback):
+    """A SIGTERM in some steps, each once, whether the run was continued or not."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+        self._began = 0
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self._began = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step + 1 in self.steps and trainer.global_step + 1 > self._began:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class CountCollectives(Callback):
+    """Prints how often Python asked for a collective in ten steps: torch's reducer works below it."""
+
+    def __init__(self, first: int) -> None:
+        self.steps = range(first, first + 10)
+        self.counts: dict[str, int] = {}
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        import torch.distributed as dist
+
+        for name in ("all_reduce", "broadcast", "barrier", "all_gather", "reduce", "broadcast_object_list"):
+            setattr(dist, name, self._counted(trainer, name, getattr(dist, name)))
+
+    def _counted(self, trainer: Trainer, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            if trainer.global_step in self.steps:
+                self.counts[name] = self.counts.get(name, 0) + 1
+            return collective(*arguments, **settings)
+
+        return call
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            print(f"collectives in ten steps: {dict(sorted(self.counts.items()))}", flush=True)
 
 
 class ClockBack(Callback):

@@ -81,9 +81,7 @@ class Checkpoint(Callback):
         if self.writer.failed():
             self._settle()
         if self.stop.asked(trainer):
-            self._settle()
-            self._save(trainer, [LAST])
-            self._settle(final=True)
+            self._save_at_the_end(trainer)
             trainer.strategy.barrier("stopped")  # all go on until the first has saved
             raise self.stop.stopped(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
@@ -104,10 +102,7 @@ class Checkpoint(Callback):
         self._save(trainer, names)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle(final=trainer.global_step == self._saved_step)
-        if trainer.global_step != self._saved_step:
-            self._save(trainer, [LAST])
-            self._settle(final=True)
+        self._save_at_the_end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with suppress(UserError):  # something else has gone wrong before, and is being said
@@ -118,6 +113,12 @@ class Checkpoint(Callback):
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
             names.append(LAST.with_name(f"step={step}.ckpt"))
         return names
+
+    def _save_at_the_end(self, trainer: Trainer) -> None:
+        self._settle(final=trainer.global_step == self._saved_step)
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, [LAST])
+            self._settle(final=True)
 
     def _save(self, trainer: Trainer, names: list[Path]) -> None:
         """Saves under all names at once; what was saved last stays where it is while steps are bad."""

@@ -64,22 +64,27 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         Stopped: after a signal, with the last checkpoint saved.
     """
     run, resume = None, None
+    changes: list[str] = []
     if config["run"] is not None:
         run = Run(config["run"])
-        run_dir, config, resume = run.folder, continued(config, run), resume_point(run)
+        run_dir = run.folder
+        config, changes = continued(config, run)
     written, config = config, _counted_in_steps(config)
     settings: TrainerSettings = build(config["trainer"], "trainer")
     if sweep is not None:
         refuse_ddp_sweep(settings)
-    if resume is not None and resume["global_step"] >= settings.max_steps:
-        print(f"{run_dir} has trained {resume['global_step']} steps already; to go on, raise trainer.max_steps")
-        return float(resume["callbacks"]["Checkpoint"]["best"])
-
     launch = launched()
     if launch is None and settings.num_devices > 1:
         start(same_job("train", run_dir), settings.num_devices, SIGNALS)
         return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
 
+    for line in changes:
+        say(line)
+    if run is not None:
+        resume = resume_point(run)
+    if resume is not None and resume["global_step"] >= settings.max_steps:
+        say(f"{run_dir} has trained {resume['global_step']} steps already; to go on, raise trainer.max_steps")
+        return float(resume["callbacks"]["Checkpoint"]["best"])
     if launch is not None:
         share_cores(launch)
         if launch.world_size > 1:
@@ -102,7 +107,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             while True:
                 if training.trainer.global_rank == 0:
                     table = resume["callbacks"]["TrainMetrics"]["table"] if resume else None
-                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table=table), *loggers]
+                    training.trainer.loggers = [MetricsCSV(run_dir / "metrics.csv", table), *loggers]
                 try:
                     checkpoint = run.checkpoint if run and resume else None
                     training.trainer.fit(training.module, data, ckpt_path=checkpoint, weights_only=True)
@@ -222,6 +227,8 @@ def _go_back(
     Raises:
         UserError: when training has come no further since it last went back, `guard.max_restores` times.
     """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first process may still have been writing
     run = Run(run_dir)
     resume = run.load_newest()
     step = resume["global_step"] if resume else 0

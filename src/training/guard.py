@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.training.diagnosis import diagnose
 
@@ -92,6 +92,15 @@ class Guard(Callback):
         moved = usual + (loss - usual) / good.clamp(1, WARMUP)
         self._state = torch.stack([skipped + bad, (in_a_row + 1) * bad, good, torch.where(bad, usual, moved)])
         return bad
+
+    @staticmethod
+    def leave_out(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], bad: Tensor) -> None:
+        """Makes the optimiser's next step do nothing to its parameters and its state, if it is bad."""
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        elif bad:
+            for parameter in parameters:
+                parameter.grad = None
 
     # What Lightning calls.
 

@@ -21,11 +21,9 @@ class MetricsCSV(Logger):
     Args:
         path: of the file; one that exists is replaced.
         table: what `table` gave, to be continued.
-        from_step: without a table, the rows of an existing file up to this step are continued; later ones belong to a
-            continuation that this one replaces.
     """
 
-    def __init__(self, path: Path, from_step: int = 0, table: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, table: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.path = path
         self.columns = ["step"]
@@ -33,10 +31,6 @@ class MetricsCSV(Logger):
         if table is not None:
             self.rows = _from_table(table)
             self.columns += table["columns"]
-        elif from_step and path.is_file():
-            self.rows = {step: row for step, row in _from_file(path).items() if step <= from_step}
-            for row in self.rows.values():
-                self.columns += [k for k in row if k not in self.columns]
         self._last = max(self.rows, default=-1)  # the step whose line is the last of the file,
         self._last_start = 0  # where that begins, to be rewritten when more of it comes,
         self._size = -1  # and where it ends; -1 when the file is not known to be whole
@@ -120,17 +114,3 @@ def _from_table(table: dict[str, Any]) -> Rows:
         step: {k: value for k, value, is_given in zip(columns, values, given, strict=True) if is_given}
         for step, values, given in lines
     }
-
-
-def _from_file(path: Path) -> Rows:
-    """The rows of a file; a last line without its newline was torn and is none, nor is one that does not parse."""
-    header, *lines = path.read_bytes().decode(errors="replace").split("\n")
-    names = header.split(",")[1:]
-    rows = {}
-    for line in lines[:-1]:
-        step, *cells = line.split(",")
-        try:
-            rows[int(step)] = {k: float(cell) for k, cell in zip(names, cells, strict=True) if cell}
-        except ValueError:
-            continue
-    return rows

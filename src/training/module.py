@@ -136,7 +136,7 @@ class DiffusionModule(LightningModule):
         u = self.diffusion.draw_u(total, x0.device)[first : rows.stop]
         label_u = torch.rand(total, device=x0.device)[first : rows.stop]
         self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a step, drawn on the CPU
-        seed_device(x0.device, mix(self.seed, self.global_rank) + step * parts + part)  # for what networks draw
+        seed_device(x0.device, mix(self.seed, 5, self.global_rank) + step * parts + part)  # for what networks draw
         numbers = torch.arange(first, rows.stop, device=x0.device, dtype=torch.int32)
         give_keys(self.dropouts, scramble(numbers * GOLDEN ^ (mix(self.seed, 2, step) - 2**31)))
         t = self.diffusion.schedule.time(u)
@@ -210,11 +210,7 @@ class DiffusionModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
         loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
         bad = self.guard.inspect(self.trainer.strategy.reduce(loss, reduce_op="mean"), self.grad_norm)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad:
-            for parameter in parameters:
-                parameter.grad = None
+        self.guard.leave_out(optimizer, parameters, bad)
         _, losses, u = torch.cat(self.seen, dim=1)
         self.loss_by_level.add(u, losses, bad)
 

@@ -14,7 +14,7 @@ FREE = (
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps")),
     *(f"trainer.{name}" for name in ("val_every_n_steps", "log_every_n_steps", "compile", "channels_last")),
     *("trainer.deterministic", "trainer.requeue_code", "callbacks.checkpoint", "callbacks.samples", "callbacks.guard"),
-    *("logger", "sampler", "data.dir", "metric"),
+    *("logger", "sampler", "data.dir", "metric", "callbacks.ema.also", "callbacks.ema.snapshot_every_n_steps"),
 )
 SPLIT = ("data.batch_size", "trainer.accumulate_grad_batches")  # may change when their product stays
 UNCOMPARED = ("run", "resume", "overrides", "choices")
@@ -46,8 +46,8 @@ def resume_point(run: Run) -> dict[str, Any] | None:
     return checkpoint
 
 
-def continued(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The configuration of a continued run: its own, with what the user changes now; prints what changes.
+def continued(config: dict[str, Any], run: Run) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a continued run: its own, with what the user changes now; and lines that say what that is.
 
     Raises:
         UserError: when the user changes what would make it another experiment.
@@ -60,6 +60,7 @@ def continued(config: dict[str, Any], run: Run) -> dict[str, Any]:
     if "experiment" in touched:  # which sets anything
         touched = [key for key in config if key not in UNCOMPARED]
     before, now = _flat(saved), _flat(config)
+    lines = []
     merged = copy.deepcopy(saved)
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -71,12 +72,14 @@ def continued(config: dict[str, Any], run: Run) -> dict[str, Any]:
                 f"{key}={new} is not what this run was started with ({key}={old}); a continued run keeps its experiment"
                 f", start a new one to change it"
             )
-        say(f"continuing with {key}={new} instead of {old}")
+        lines.append(f"continuing with {key}={new} instead of {old}")
         _set(merged, key, new, present=key in now)
     if merged["trainer"]["max_steps"] != saved["trainer"]["max_steps"] and "Cosine" in saved["lr_schedule"]["_target_"]:
-        say("note: the cosine of the learning rate now ends at the new max_steps: it jumps up where the run goes on")
+        lines.append(
+            "note: the learning rate's cosine now ends at the new max_steps: it jumps where the run goes on"
+        )
     kept = [override for override in given if not override.startswith(("run=", "resume="))]
-    return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}
+    return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}, lines
 
 
 @rank_zero_only
@@ -102,6 +105,7 @@ def _set(node: dict[str, Any], key: str, value: Any, present: bool) -> None:
 
 def _touches(override: str, key: str) -> bool:
     """Whether an override of a group or a setting has a say in a leaf; a group may be written group@package."""
+    override = {"averages": "callbacks.ema"}.get(override, override)  # whose options say their package themselves
     return _below(key, override.partition("@")[2] or override.replace("/", "."))
 
 

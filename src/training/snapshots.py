@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.files import save
+from src.files import check_sums, save
 from src.training.averages import Power
 
 FOLDER = "ema"
@@ -40,6 +40,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         UserError: when it is damaged, or no snapshot.
     """
     try:
+        check_sums(path)
         snapshot = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         lengths = {average: Power(length) for average, length in snapshot["lengths"].items()}
         if not lengths or lengths.keys() != snapshot["weights"].keys() or snapshot["step"] != int(path.stem[5:]):

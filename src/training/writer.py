@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from src.files import replacing
 from src.runs import LAST, PREVIOUS
 
 
@@ -19,8 +20,9 @@ class CheckpointWriter(TorchCheckpointIO):
     """Copies a checkpoint to memory, and writes the copy in a thread while training goes on.
 
     The file is written under a temporary name in its folder, flushed to the disk, and renamed; a last.ckpt that stood
-    there becomes previous.ckpt, so that at every moment one whole checkpoint at least is there under its name. One
-    checkpoint is written at a time: a save that comes while the one before is still on its way waits for it.
+    there becomes previous.ckpt, so that at every moment one whole checkpoint at least is there under its name. Files of
+    the same checkpoint are copies, so that damage to one is not damage to all. One checkpoint is written at a time: a
+    save that comes while the one before is still on its way waits for it.
 
     torch's format keeps a CRC-32 of everything it holds; see `src.runs.Run` for who checks it.
 
@@ -62,26 +64,21 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], paths: Sequence[Path]) -> None:
         start = time.perf_counter()
-        folder = paths[0].parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(paths[0])
-        try:
+        first, *others = paths
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(first) as temporary:
             with temporary.open("wb") as file:
                 self.dump(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             size = temporary.stat().st_size
-            for path in paths:
-                if path.name == LAST.name and path.exists():
-                    _also(path, path.with_name(PREVIOUS.name))
-                _also(temporary, path)
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # the renames, too
-            finally:
-                os.close(descriptor)
-        finally:
-            temporary.unlink(missing_ok=True)
+            for path in others:
+                with replacing(path) as copy:
+                    shutil.copyfile(temporary, copy)
+                    _flush(copy)
+            if first.name == LAST.name and first.exists():
+                _keep(first, first.with_name(PREVIOUS.name))
+        _flush(first.parent)  # the renames, too
         self.last_seconds, self.last_bytes = time.perf_counter() - start, size
 
     @staticmethod
@@ -90,22 +87,22 @@ class CheckpointWriter(TorchCheckpointIO):
         torch.save(checkpoint, file)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _also(source: Path, path: Path) -> None:
-    """Gives the file `source` the name `path` as well, in place of what is there; copies where links are not known."""
-    link = path.with_name(f".{path.name}.{os.getpid()}.link.tmp")
-    link.unlink(missing_ok=True)
+def _flush(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            os.link(source, link)
-        except OSError:
-            shutil.copyfile(source, link)
-        link.replace(path)
+        os.fsync(descriptor)
     finally:
-        link.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Gives a file, which is about to be replaced, another name as well; a copy of it where links are not known."""
+    with replacing(name) as link:
+        try:
+            os.link(path, link)
+        except OSError:
+            shutil.copyfile(path, link)
 
 
 def _in_memory(node: Any) -> Any:

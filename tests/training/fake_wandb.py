@@ -11,11 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-
-from src.training.metrics import LossByLevel
 
 LAST = 1 - 2**-24  # of float32 below 1
 
@@ -143,16 +140,6 @@ class Watch(Callback):
 
     def on_train_end(self, *_: Any) -> None:
         self.out.write_text(str(self.longest))
-
-
-class Levels(Callback):
-    """Adds a loss of 1 + step at u = 0.03 and two of 3 at the last level below 1, each step."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        pl_module.loss_by_level.add(torch.tensor([0.03, LAST, LAST]), torch.tensor([1.0 + trainer.global_step, 3, 3]))
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.loss_by_level = LossByLevel()
 
 
 def _seconds() -> float:

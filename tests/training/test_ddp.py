@@ -127,6 +127,17 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(one, tmp_path):
     assert [row["train/loss"] for row in rows(run)[:2]] == [row["train/loss"] for row in rows(one)[:2]]
 
 
+def test_nothing_of_lightnings_is_asked_of_the_others_each_step(tmp_path):
+    """Two a step are ours: the loss, for the guard, and whether to stop; gradients are reduced below Python."""
+    quiet = ["trainer.val_every_n_steps=20", "trainer.log_every_n_steps=20", "callbacks.checkpoint.every_n_steps=20"]
+    count = ["+callbacks.count._target_=tests.faults.CountCollectives", "+callbacks.count.first=3"]
+    grids = ["callbacks.samples.every_n_steps=20"]
+    process = train("experiment=smoke", *TWO, *quiet, *grids, *count, f"hydra.run.dir={tmp_path / 'run'}")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "collectives in ten steps: {'all_reduce': 20}" in out
+
+
 def test_a_batch_of_another_size_is_another_experiment(command, smoke_run):
     outcome = command("train", f"run={smoke_run}", "trainer.max_steps=30", "data.batch_size=16")
     assert outcome.code == 2

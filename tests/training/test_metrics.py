@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 import torch
 
+from src.training.by_level import BINS, LossByLevel
 from src.training.hardware import memory_bytes, peak_flops
-from src.training.metrics import BINS, LossByLevel, TrainMetrics
+from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
 from tests.helpers import rows
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = "tests.training.fake_wandb.Levels"
 
 
 def table(path):
@@ -59,7 +59,9 @@ def test_a_continued_log_drops_what_is_done_again(tmp_path):
     log = MetricsCSV(path)
     for step in range(1, 6):
         log.log_metrics({"a": step}, step=step)
-    continued = MetricsCSV(path, from_step=3)
+        if step == 3:
+            table_then = log.table()
+    continued = MetricsCSV(path, table_then)
     continued.log_metrics({"a": 40}, step=4)
     continued.log_metrics({"b": 41}, step=4)
     assert [(row["step"], row["a"], row.get("b")) for row in table(path)] == [
@@ -72,8 +74,9 @@ def test_a_continued_log_drops_what_is_done_again(tmp_path):
 
 def test_the_last_row_can_be_completed_after_a_continuation(tmp_path):
     path = tmp_path / "metrics.csv"
-    MetricsCSV(path).log_metrics({"a": 1, "b": 2}, step=1)
-    MetricsCSV(path, from_step=1).log_metrics({"b": 3}, step=1)
+    log = MetricsCSV(path)
+    log.log_metrics({"a": 1, "b": 2}, step=1)
+    MetricsCSV(path, log.table()).log_metrics({"b": 3}, step=1)
     assert table(path) == [{"step": "1", "a": "1.0", "b": "3.0"}]
 
 
@@ -120,21 +123,8 @@ def test_with_a_table_no_damage_to_the_file_is_seen(four_rows):
         path.unlink(missing_ok=True)
         if damaged is not None:
             path.write_bytes(damaged)
-        MetricsCSV(path, from_step=4, table=kept).log_metrics({"a": 50.0}, step=5)
+        MetricsCSV(path, kept).log_metrics({"a": 50.0}, step=5)
         assert path.read_bytes() == expected
-
-
-def test_without_a_table_a_torn_line_is_dropped(four_rows):
-    """Checkpoints from before there were tables: every line that is whole stays, and none is half a number."""
-    whole = four_rows.path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for i in range(len(lines[0]), len(whole)):
-        four_rows.path.write_bytes(whole[:i])
-        continued = MetricsCSV(four_rows.path, from_step=4)
-        kept = [line for n, line in enumerate(lines[1:], 1) if len(b"".join(lines[: n + 1])) <= i]
-        assert [str(step).encode() for step in continued.rows] == [line.split(b",")[0] for line in kept]
-        continued.log_metrics({"a": 1.0, "b": 2.0}, step=5)
-        assert four_rows.path.read_bytes().endswith(b"\n5,1.0,2.0\n")
 
 
 def test_a_full_disk_loses_no_row(tmp_path, capsys):
@@ -218,7 +208,8 @@ def test_losses_are_summed_by_level():
     u = torch.rand(1000)
     losses = torch.rand(1000)
     for part in torch.arange(1000).split(128):
-        levels.add(u[part], losses[part])
+        levels.add(u[part], losses[part], bad=torch.tensor(False))
+        levels.add(u[part], losses[part] / 0, bad=torch.tensor(True))
     for i in range(BINS):
         inside = (u >= i / BINS) & (u < (i + 1) / BINS)
         assert levels.sums[1, i] == inside.sum()
@@ -232,22 +223,22 @@ def partial_sums(run):
 def test_the_sums_of_an_unfinished_row_survive_a_stop(command, tmp_path):
     """No regular row before step 100: what a stop at 13 lost would be missing in the sums at 20."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    arguments = ["experiment=smoke", "trainer.log_every_n_steps=100", f"+callbacks.levels._target_={LEVELS}"]
+    arguments = ["experiment=smoke", "trainer.log_every_n_steps=100"]
     assert command("train", *arguments, f"hydra.run.dir={whole}").code == 0
     assert command("train", *arguments, "trainer.max_steps=13", f"hydra.run.dir={stopped}").code == 0
     assert command("train", f"run={stopped}", "trainer.max_steps=20").code == 0
     assert torch.equal(partial_sums(whole), partial_sums(stopped))
     assert rows(whole)[-1] == rows(stopped)[-1]
-    by_level = partial_sums(whole)[0, 1:].reshape(2, BINS)
-    assert by_level[0, 0] >= 20 + sum(range(1, 21))
-    assert by_level[1, -1] >= 40
+    loss, steps, *by_level = partial_sums(whole)[0].tolist()
+    assert (steps, sum(by_level[BINS:])) == (20, 20 * 32)
+    assert sum(by_level[:BINS]) == pytest.approx(32 * loss, rel=1e-5)
 
 
 def test_sums_of_two_devices_go_on_as_their_mean_on_one():
     def state(trainer):
-        metrics = TrainMetrics(5, (1, 8, 8))
-        sums = torch.arange(2 * (1 + 2 * BINS), dtype=torch.float32).reshape(2, -1)
-        saved = {"TrainMetrics": {"images_seen": 7, "batches": 3, "sums": sums}}
+        metrics = TrainMetrics(5, (1, 8, 8), "32-true")
+        sums = torch.arange(2 * (2 + 2 * BINS), dtype=torch.float32).reshape(2, -1)
+        saved = {"TrainMetrics": {"images_seen": 7, "sums": sums}}
         module = SimpleNamespace(loss_by_level=LossByLevel())
         metrics.on_load_checkpoint(trainer, module, {"callbacks": saved})
         assert metrics.images_seen == 7
@@ -276,7 +267,7 @@ def test_two_processes_log_the_mean_of_both_and_resume_to_the_bit(tmp_path):
     train(*arguments, "trainer.max_steps=10", f"hydra.run.dir={whole}")
     train(*arguments, "trainer.max_steps=8", f"hydra.run.dir={stopped}")
     sums = partial_sums(stopped)
-    assert sums.shape == (2, 1 + 2 * BINS)
+    assert sums.shape == (2, 2 + 2 * BINS)
     assert sums[0, 0] != sums[1, 0]
     assert float(rows(stopped)[-1]["train/loss"]) == pytest.approx(float(sums[:, 0].sum()) / 6, rel=1e-6)
     train(f"run={stopped}", "trainer.max_steps=10")
@@ -290,22 +281,15 @@ def test_the_systems_columns_are_in_every_row(smoke_run):
         assert 1e7 < float(row["system/memory_bytes"]) < 1e12
 
 
-def test_what_other_callbacks_tell_is_logged(command, tmp_path, monkeypatch):
-    from src.training.checkpoint import Checkpoint
-
-    monkeypatch.setattr(Checkpoint, "last_seconds", None, raising=False)
-    monkeypatch.setattr(Checkpoint, "last_bytes", None, raising=False)
-    save = Checkpoint._save_last
-
-    def saved(self, trainer):
-        save(self, trainer)
-        self.last_seconds, self.last_bytes = 0.5, 1000 * trainer.global_step
-
-    monkeypatch.setattr(Checkpoint, "_save_last", saved)
-    assert command("train", "experiment=smoke", f"hydra.run.dir={tmp_path}").code == 0
-    table = rows(tmp_path, without=())
-    assert [row["system/checkpoint_seconds"] for row in table] == ["", "", "0.5", "0.5"]
-    assert [row["system/checkpoint_bytes"] for row in table] == ["", "", "10000.0", "10000.0"]
+def test_what_checkpoints_cost_is_logged(smoke_run):
+    """From the first row after a save, which is made beside training."""
+    table = rows(smoke_run, without=())
+    assert [row["system/checkpoint_bytes"] for row in table[:2]] == ["", ""]
+    assert float(table[3]["system/checkpoint_bytes"]) == pytest.approx(
+        (smoke_run / "checkpoints" / "last.ckpt").stat().st_size, rel=0.01
+    )
+    assert float(table[3]["system/checkpoint_seconds"]) > 0
+    assert [row["train/skipped"] for row in table] == ["0.0"] * 4
 
 
 def test_the_peak_is_that_of_a_matrix_multiplication():
