@@ -60,7 +60,7 @@ class Shards:
     """
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh, beside: nn.Module | None) -> None:
-        for module in [*_blocks(net), net]:
+        for module in [*blocks(net), net]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)  # or the root would keep weights that `swapped`
         self.net = net
         self.names = [name for name, _ in net.named_parameters()]
@@ -103,14 +103,14 @@ class Shards:
         """Nothing to do: they are the network's memory."""
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost elements of ModuleLists that have weights."""
     for child in module.children():
         container = isinstance(child, nn.ModuleList | nn.ModuleDict)
         if isinstance(module, nn.ModuleList) and not container and any(True for _ in child.parameters()):
             yield child
         else:
-            yield from _blocks(child)
+            yield from blocks(child)
 
 
 class Sharded(ModelParallelStrategy):

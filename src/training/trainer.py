@@ -21,7 +21,7 @@ from torch import nn
 from src.errors import UserError
 from src.launch import launched, meeting_point
 from src.training.masters import MasterWeights
-from src.training.sharding import Sharded
+from src.training.sharding import Sharded, blocks
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
@@ -167,7 +167,7 @@ class TrainerSettings:
     def prepare(self, net: nn.Module) -> MasterWeights | None:
         """Sets the network's memory format and, of bf16-true, its type, and compiles it; all in place.
 
-        Compiled so, its parameters keep their names.
+        Compiled so, its parameters keep their names. Of fsdp, whose weights come and go block by block, blocks are.
 
         Returns:
             the float32 weights of bf16-true.
@@ -176,7 +176,11 @@ class TrainerSettings:
             net.to(memory_format=torch.channels_last)
         masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
         if self.compile:
-            net.compile()
+            modules = list(blocks(net)) if self.strategy == "fsdp" else [net]
+            for module in modules:
+                module.compile()
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(modules))  # all blocks are one code to it
         return masters
 
     def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
