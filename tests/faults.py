@@ -18,6 +18,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from src.training.sharding import local
 from tests.helpers import rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,16 +192,16 @@ class Poison(Callback):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        weight = pl_module.net.get_parameter(self.layer)
+        weight = local(pl_module.net.get_parameter(self.layer)).view(-1)[:1]
         guard: Any = next(c for c in trainer.callbacks if type(c).__name__ == "Guard")  # type: ignore[attr-defined]
         if trainer.global_step in self.steps and guard.restores <= self.restores:
-            self._own = weight.view(-1)[0].clone() if self.once else None
-            weight.view(-1)[0] = self.value
+            self._own = weight.clone() if self.once else None
+            weight.fill_(self.value)
 
     @torch.no_grad()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._own is not None:
-            pl_module.net.get_parameter(self.layer).view(-1)[0] = self._own
+            local(pl_module.net.get_parameter(self.layer)).view(-1)[:1] = self._own
             self._own = None
 
 
@@ -243,6 +244,22 @@ class CountCollectives(Callback):
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
             print(f"collectives in ten steps: {dict(sorted(self.counts.items()))}", flush=True)
+
+
+class CountParts(Callback):
+    """Says at the end how many numbers the weights are, and how many of weights, averages and moments each rank has."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        moments = trainer.optimizers[0].state_dict()["state"].values()
+        parts = [
+            sum(local(p).numel() for p in module.net.parameters()),
+            sum(shadow.numel() for shadow in module.ema._shadows["ema"]),
+            sum(value.numel() for of in moments for name, value in of.items() if name.startswith("exp_avg")),
+        ]
+        of_all: Any = trainer.strategy.all_gather(torch.tensor(parts))
+        if trainer.is_global_zero:
+            print("\nparts of", sum(p.numel() for p in module.net.parameters()), *of_all.flatten().tolist(), flush=True)
 
 
 class ClockBack(Callback):

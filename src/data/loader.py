@@ -113,7 +113,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """All images once, in order, never augmented; rank r takes the images r, r + world_size, ..."""
+    """All images once, in order, never augmented; rank r takes the images r, r + world_size, ...
+
+    All ranks have equally many batches, though some images fewer: a sharded network must be called equally often.
+    """
 
     def __init__(
         self, data: ImageSet, device: torch.device, batch_size: int, rank: int = 0, world_size: int = 1
@@ -121,12 +124,12 @@ class EvalLoader:
         self.data = data
         self.device = device
         self.index = torch.arange(rank, len(data), world_size)
-        self.batch_size = batch_size
+        self.batches = -(-len(data) // (world_size * batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size)
+        return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in self.index.split(self.batch_size):
+        for index in self.index.tensor_split(self.batches):
             part = self.data[index]
             yield Batch(normalize(part.images.to(self.device)), part.labels.to(self.device), index)

@@ -6,17 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from src.data.loader import Batch
+from src.training.sharding import Sharded, local
 
 
-@torch.enable_grad()
 def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
     """Computes the batch again, which draws the same noise, and says in words what was wrong.
+
+    Of a sharded network all processes ask, and are told of their own images and layers' outputs; gradients, which would
+    have to be whole to be told apart, are left out.
 
     Args:
         module: the DiffusionModule after the step.
     """
     part = batch_idx % module.accumulated
-    weights = [name for name, p in module.net.named_parameters() if not torch.isfinite(p).all()]
+    sharded = isinstance(module.trainer.strategy, Sharded)
+    finite = torch.stack([torch.isfinite(local(p)).all() for p in module.net.parameters()])
+    broken = module.trainer.strategy.reduce((~finite).float(), reduce_op="sum") if sharded else ~finite
+    weights = [name for (name, _), bad in zip(module.net.named_parameters(), broken.tolist(), strict=True) if bad]
     outputs: list[str] = []  # of layers whose output is not finite, in order
     names = {layer: name for name, layer in module.net.named_modules() if name and not list(layer.children())}
 
@@ -26,7 +32,7 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
 
     hooks = [layer.register_forward_hook(look) for layer in names]
     try:
-        with module.trainer.precision_plugin.forward_context():
+        with torch.set_grad_enabled(not sharded), module.trainer.precision_plugin.forward_context():
             losses, u = module.losses(batch, part, module.global_step - 1)
     finally:
         for hook in hooks:
@@ -41,6 +47,8 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
         return f"{level}; the weights {weights[0]} are not finite"
     if outputs:
         return f"{level}; the layer {outputs[0]} is the first whose output is not finite"
+    if sharded:
+        return level
     parameters = [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(losses.mean(), [p for _, p in parameters], allow_unused=True)
     gradients = [(name, g) for (name, _), g in zip(parameters, found, strict=True) if g is not None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from src.errors import UserError
 from src.training.averages import Average, Constant, HalfLife, Power
 from src.training.masters import MasterWeights, full_precision
+from src.training.sharding import Shards, local, shard, whole
 from src.training.snapshots import POSTHOC, write_snapshot
 from src.training.units import Images, Steps
 
@@ -26,7 +27,8 @@ class EMA(Callback):
 
     One average is the primary: validation and the sample grids use it, and checkpoints have it under "ema". Others go
     along by name, and checkpoints have them under "averages". All have the names of the network's state_dict; raw
-    weights are never replaced by them on disk. Every rank averages the same weights, so nothing is communicated.
+    weights are never replaced by them on disk. Every rank averages the same weights, or its own part of each where they
+    are sharded, so nothing is communicated until they are saved.
 
     Args:
         decay, warmup: of the primary average, see `Constant`.
@@ -78,14 +80,16 @@ class EMA(Callback):
         self._step = 0
         self._snapshot_step = -1
 
-    def attach(self, net: nn.Module, masters: MasterWeights | None = None) -> None:
+    def attach(self, net: nn.Module, masters: MasterWeights | Shards | None = None) -> None:
         """Starts each average from the one that a checkpoint brought, or else from the network's present weights."""
         self._net = net
         named = dict(full_precision(net, masters))
         self._weights = [p.detach() for p in named.values()]
-        self._own = [p.detach() for p in net.parameters()]
+        self._own = [local(p.detach()) for p in net.parameters()]
         for name in self.averages:
-            source = self._loaded.get(name, named)
+            source: Mapping[str, Tensor] = named
+            if name in self._loaded:
+                source = {key: shard(self._loaded[name][key], p) for key, p in net.named_parameters()}
             self._shadows[name] = [
                 source[key].detach().to(p.device, torch.float32, copy=True) for key, p in named.items()
             ]
@@ -112,9 +116,10 @@ class EMA(Callback):
             torch._foreach_copy_(self._own, own)
 
     def state_dict_of_net(self, name: str = PRIMARY) -> dict[str, Tensor]:
-        """An average under the names of the network's state_dict, buffers as they are."""
+        """An average under the names of the network's state_dict, buffers as they are; see `whole` of a sharded one."""
         assert self._net is not None
-        averaged = dict(zip((key for key, _ in self._net.named_parameters()), self._shadows[name], strict=True))
+        named = zip(self._net.named_parameters(), self._shadows[name], strict=True)
+        averaged = {key: whole(shadow, p) for (key, p), shadow in named}
         return {key: averaged.get(key, value) for key, value in self._net.state_dict().items()}
 
     # What Lightning calls.
@@ -137,12 +142,11 @@ class EMA(Callback):
         if self.snapshot_every_n_steps is not None and self._step != self._snapshot_step:
             self._snapshot()
 
-    @rank_zero_only
     def _snapshot(self) -> None:
         assert self.run_dir is not None
         self._snapshot_step = self._step
         weights = {name: self.state_dict_of_net(name) for name in self.lengths}
-        write_snapshot(self.run_dir, self._step, self.lengths, weights)
+        rank_zero_only(write_snapshot)(self.run_dir, self._step, self.lengths, weights)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         primary, *others = self.averages

@@ -208,6 +208,10 @@ def _assemble(
             f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
             f"cannot share them evenly; choose a multiple of {devices}"
         )
+    if settings.strategy == "fsdp" and len(data.val) < devices:
+        raise UserError(
+            f"data.val_images={len(data.val)} leaves some of {devices} devices without; choose {devices} or more"
+        )
     metrics = TrainMetrics(settings.log_every_n_steps, image_shape(config), settings.chosen_precision)
     # After a step: average first; then judge, measure, stop, and whatever else conf/callbacks names; save last.
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
@@ -363,7 +367,7 @@ def _finish(training: Training, config: dict[str, Any], settings: TrainerSetting
     summary = summarize(
         trainer,
         training.net,
-        image_shape(config),
+        metrics.flops_per_image,
         config,
         precision=settings.chosen_precision,
         train_loss=metrics.last_loss,

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from src.training.sharding import Shards
+
 
 class MasterWeights:
     """Casts a network to bfloat16, and keeps its weights in float32 for the optimiser, averages and checkpoints.
@@ -53,6 +55,6 @@ class MasterWeights:
         self.give_weights()
 
 
-def full_precision(net: nn.Module, masters: MasterWeights | None) -> Iterable[tuple[str, Tensor]]:
+def full_precision(net: nn.Module, masters: MasterWeights | Shards | None) -> Iterable[tuple[str, Tensor]]:
     """The network's weights as the optimiser has them, with their names."""
     return net.named_parameters() if masters is None else masters.named()

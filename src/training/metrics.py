@@ -43,6 +43,7 @@ class TrainMetrics(Callback):
         images_seen: by all devices since the run began.
         images_per_second: of all devices, in the steps since the last row; validation, sampling and saving left out.
         last_loss: of the last row.
+        flops_per_image: see `src.training.summary.flops_per_image`.
     """
 
     def __init__(self, every_n_steps: int, image_shape: tuple[int, int, int], precision: str) -> None:
@@ -52,6 +53,7 @@ class TrainMetrics(Callback):
         self.images_seen = 0
         self.images_per_second = 0.0
         self.last_loss = float("nan")
+        self.flops_per_image = 0
         self._batch_losses: list[Tensor] = []  # of the step that is not complete
         self._loss_sum: Tensor | None = None  # (2,) of good steps since the last regular row, and how many
         self._images = 0  # by all devices while the clock of `images_per_second` ran
@@ -78,7 +80,8 @@ class TrainMetrics(Callback):
         self._step = trainer.global_step
         net: Any = pl_module.net
         device = trainer.strategy.root_device
-        flops = 3 * flops_per_image(net, self.image_shape, device)  # on every process: the weights may be shared out
+        self.flops_per_image = flops_per_image(net, self.image_shape, device)  # by all: the weights may be shared out
+        flops = 3 * self.flops_per_image
         peak = peak_flops(device, self.precision) * trainer.world_size
         self._peak_images_per_second = peak / flops if flops else float("nan")
 

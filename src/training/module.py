@@ -18,6 +18,7 @@ from src.training.ema import EMA
 from src.training.guard import Guard
 from src.training.lr import Constant
 from src.training.masters import MasterWeights
+from src.training.sharding import Shards
 
 GOLDEN_RATIO = 0.6180339887498949
 QUARTERS = 4
@@ -65,7 +66,7 @@ class DiffusionModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.ema = ema
         self.guard = guard
-        self.masters = masters
+        self.masters: MasterWeights | Shards | None = masters
         self.seed = seed
         self.label_dropout = label_dropout
         self.offset_noise = offset_noise
@@ -75,6 +76,10 @@ class DiffusionModule(LightningModule):
         self.loss_by_level = LossByLevel()
         self.seen: list[Tensor] = []  # of each part of the step so far: its loss, losses and u, (3, B)
         self.grad_norm: Tensor | None = None
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # of trainer=fsdp
+            self.masters = Shards(self.net, self.device_mesh["data_parallel"], beside=self.loss)
 
     def on_fit_start(self) -> None:
         if self.masters is not None:
@@ -184,12 +189,12 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["density"] = self.diffusion.density.state_dict()
-        if self.masters is not None:
+        if isinstance(self.masters, MasterWeights):
             checkpoint["state_dict"].update({f"net.{name}": weight for name, weight in self.masters.named()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
-        if self.masters is not None:
+        if isinstance(self.masters, MasterWeights):
             self.masters.load(net_state(checkpoint["state_dict"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -205,7 +210,10 @@ class DiffusionModule(LightningModule):
         if self.masters is not None:
             self.masters.take_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(self.masters, Shards):
+            self.grad_norm = self.masters.norm()
+        else:
+            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
         loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()

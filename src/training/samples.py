@@ -13,9 +13,10 @@ from src.files import tolerated
 from src.pictures import enlarge, grid, save_png, to_uint8
 from src.processes import Group
 from src.runs import cycled_labels
-from src.threads import Tick, in_threads, share_out, untold
+from src.threads import Tick, cut, in_threads, share_out, untold
 from src.training.loggers import log_image
 from src.training.metrics import TrainMetrics
+from src.training.sharding import Sharded
 from src.training.units import Steps
 
 
@@ -77,7 +78,10 @@ class SampleGrid(Callback):
             log_image(logger, "samples", picture, trainer.global_step)
 
     def _images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
-        """Batches of uint8 images, (B, C, H, W) on the CPU, a share of them from each rank; in ranks above 0 none."""
+        """Batches of uint8 images, (B, C, H, W) on the CPU, a share of them from each rank; in ranks above 0 none.
+
+        Of a sharded network all ranks draw all: it computes only when each asks it for as much.
+        """
         diffusion: Any = module.diffusion
         net: Any = module.net
         device = module.device
@@ -91,6 +95,9 @@ class SampleGrid(Callback):
                     tick(len(indices))
             return to_uint8(x).cpu()
 
+        if isinstance(trainer.strategy, Sharded):
+            images = [sample(indices, untold) for indices in cut(self.num_samples, self.batch_size)]
+            return images if trainer.is_global_zero else []
         group = Group(trainer.global_rank, trainer.world_size)
         own = group.share(share_out(self.num_samples, self.batch_size, self.image_shape, device, group))
         if getattr(net, "_compiled_call_impl", None) is not None:  # threads cannot compile at the same time

@@ -21,7 +21,7 @@ PACKAGES = ("torch", "lightning", "hydra-core", "torchvision", "torchmetrics", "
 def summarize(
     trainer: Trainer,
     net: nn.Module,
-    image_shape: tuple[int, int, int],
+    flops: int,
     config: dict[str, Any],
     precision: str,
     train_loss: float,
@@ -29,7 +29,11 @@ def summarize(
     images_per_second: float,
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary as plain values; times in seconds, memory in bytes."""
+    """The summary as plain values; times in seconds, memory in bytes.
+
+    Args:
+        flops: see `flops_per_image`.
+    """
     device = trainer.strategy.root_device
     return {
         "name": config["name"],
@@ -39,7 +43,7 @@ def summarize(
         "images_per_second": images_per_second,
         "wall_seconds": wall_seconds,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "flops_per_image": flops_per_image(net, image_shape, device),
+        "flops_per_image": flops,
         "peak_memory_bytes": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_processor()}",
         "world_size": trainer.world_size,
@@ -67,7 +71,10 @@ def flops_per_image(net: nn.Module, image_shape: tuple[int, int, int], device: t
     with FlopCounterMode(display=False) as counter:
         channels = image_shape[0] * (1 + getattr(net, "self_conditioning", False))
         x = torch.zeros(1, channels, *image_shape[1:], device=device, dtype=dtype)
-        net.forward(x, torch.zeros(1, device=device))
+        call = (
+            net.forward if getattr(net, "_compiled_call_impl", None) else net
+        )  # by which sharded weights are gathered
+        call(x, torch.zeros(1, device=device))
     net.train(training)
     return int(counter.get_total_flops())
 

@@ -21,6 +21,7 @@ from torch import nn
 from src.errors import UserError
 from src.launch import launched, meeting_point
 from src.training.masters import MasterWeights
+from src.training.sharding import Sharded, blocks
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
@@ -81,6 +82,8 @@ class TrainerSettings:
             raise ValueError(f"devices={list(self.devices)} name a GPU twice")
         self._check_precision()
         self._check_launch(gpus)
+        if self.strategy == "fsdp":
+            self._check_sharding()
 
     def _check_precision(self) -> None:
         """Refuses a precision that the device lacks."""
@@ -90,6 +93,15 @@ class TrainerSettings:
             raise ValueError("precision=tf32 needs an NVIDIA GPU from Ampere on; use 32-true")
         if self.precision in ("bf16-mixed", "bf16-true") and self.device_type == "cuda" and not self._has_bf16:
             raise ValueError(f"precision={self.precision} needs a GPU that multiplies in bfloat16; use 16-mixed")
+
+    def _check_sharding(self) -> None:
+        """Refuses what fsdp cannot do."""
+        if self.num_devices * self.num_nodes == 1:
+            raise ValueError(
+                "strategy=fsdp shares a network out over several devices and there is one; use trainer=auto"
+            )
+        if self.chosen_precision in ("bf16-true", "16-mixed"):
+            raise ValueError(f"precision={self.precision} does not work with strategy=fsdp; use bf16-mixed")
 
     @property
     def _has_bf16(self) -> bool:
@@ -155,7 +167,7 @@ class TrainerSettings:
     def prepare(self, net: nn.Module) -> MasterWeights | None:
         """Sets the network's memory format and, of bf16-true, its type, and compiles it; all in place.
 
-        Compiled so, its parameters keep their names.
+        Compiled so, its parameters keep their names. Of fsdp, whose weights come and go block by block, blocks are.
 
         Returns:
             the float32 weights of bf16-true.
@@ -164,28 +176,26 @@ class TrainerSettings:
             net.to(memory_format=torch.channels_last)
         masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
         if self.compile:
-            net.compile()
+            modules = list(blocks(net)) if self.strategy == "fsdp" else [net]
+            for module in modules:
+                module.compile()
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(modules))  # all blocks are one code to it
         return masters
 
     def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
-        """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end.
-
-        Raises:
-            UserError: for fsdp, whose sharded weights the checkpoints, the average and the clipping do not know yet.
-        """
-        if self.strategy == "fsdp":
-            raise UserError(
-                "trainer: strategy=fsdp is not ready, its checkpoints and averages are missing; use trainer=ddp"
-            )
+        """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
         quiet_lightning()
         torch.set_float32_matmul_precision("high" if self.chosen_precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = self.chosen_precision != "32-true"  # torch's default lets convolutions round
+        processes = self.num_devices * self.num_nodes
+        strategy: Any = "ddp" if self.strategy == "auto" and processes > 1 else self.strategy
         devices: Any = list(self.devices) if isinstance(self.devices, list | tuple) else self.num_devices
         trainer = Trainer(
             accelerator=self.accelerator,
             devices=devices,
             num_nodes=self.num_nodes,
-            strategy="ddp" if self.strategy == "auto" and self.num_devices * self.num_nodes > 1 else self.strategy,
+            strategy=Sharded(processes) if self.strategy == "fsdp" else strategy,
             precision=self.chosen_precision if "mixed" in self.chosen_precision else "32-true",  # type: ignore[arg-type]
             max_steps=self.max_steps,
             max_epochs=-1,

@@ -132,6 +132,7 @@ def test_evaluation_sees_each_image_once_in_order_and_never_flipped(world_size, 
         assert len(batches) == len(loader)
         index = torch.cat([b.index for b in batches])
         assert torch.equal(index, torch.arange(rank, 50, world_size))
+        assert len(batches) == -(-50 // (world_size * batch_size))  # on all ranks alike
         for batch in batches:
             assert len(batch.index) <= batch_size
             assert torch.equal(batch.x0, normalize(data.images[batch.index]))
