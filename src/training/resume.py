@@ -75,9 +75,7 @@ def continued(config: dict[str, Any], run: Run) -> tuple[dict[str, Any], list[st
         lines.append(f"continuing with {key}={new} instead of {old}")
         _set(merged, key, new, present=key in now)
     if merged["trainer"]["max_steps"] != saved["trainer"]["max_steps"] and "Cosine" in saved["lr_schedule"]["_target_"]:
-        lines.append(
-            "note: the learning rate's cosine now ends at the new max_steps: it jumps where the run goes on"
-        )
+        lines.append("note: the learning rate's cosine now ends at the new max_steps: it jumps where the run goes on")
     kept = [override for override in given if not override.startswith(("run=", "resume="))]
     return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}, lines
 
