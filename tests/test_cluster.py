@@ -95,22 +95,11 @@ def test_a_submitit_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_pa
 
 
 def test_a_sweep_of_jobs_of_several_processes(cluster, tmp_path):
-    """-m with ddp, refused in one process, works where each job is a group of tasks; also when it is requeued."""
-    env, state = cluster
+    """-m with ddp, refused in one process, works where each job is a group of tasks."""
+    env, _ = cluster
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep"]
-    result = train(
-        env,
-        tmp_path,
-        "-m",
-        *launcher,
-        *SMOKE,
-        "trainer=ddp",
-        "trainer.accelerator=cpu",
-        "resume=auto",
-        *time_is_up(signal.SIGUSR2),
-    )
+    result = train(env, tmp_path, "-m", *launcher, *SMOKE, "trainer=ddp", "trainer.accelerator=cpu")
     logs = "\n".join(path.read_text() for path in (tmp_path / "sweep" / ".submitit").rglob("*_log.*"))
     assert result.returncode == 0, result.stderr + logs
-    assert (state / "10001.attempts").read_text() == "2"
     assert json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())["world_size"] == 2
     assert steps(tmp_path / "sweep" / "0") == 10
