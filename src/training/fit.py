@@ -87,14 +87,14 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         return float(resume["callbacks"]["Checkpoint"]["best"])
     if launch is not None:
         share_cores(launch)
-        if launch.world_size > 1:
-            if settings.device_type == "cuda":
-                torch.cuda.set_device(launch.local_rank)
-            meet(launch, "nccl" if settings.device_type == "cuda" else "gloo")  # Lightning takes it as it is
     data = build(config["data"], "data")
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
         check_architecture(training.net, net_state(resume["state_dict"]), run.checkpoint)
+    if launch is not None and launch.world_size > 1:  # Lightning takes the group as it is
+        if settings.device_type == "cuda":
+            torch.cuda.set_device(launch.local_rank)
+        meet(launch, "nccl" if settings.device_type == "cuda" else "gloo")
     with _claimed(run_dir, written, continued=run is not None):
         exit_code, loggers = 1, _loggers(written, run_dir, sweep)
         try:
