@@ -14,15 +14,22 @@ from pathlib import Path
 COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "sacct")
 
 
-def install(folder: Path) -> Path:
-    """Writes the commands; returns the folder with a file for each job: its id, a dot, and what happened."""
+def install(folder: Path) -> tuple[Path, int]:
+    """Writes the commands.
+
+    Returns:
+        the folder with the files of each job, <id>.<what happened>, and the id of the first; with other ids the jobs of
+        tests at the same time would meet at the same port.
+    """
     folder.mkdir()
     (folder / "state").mkdir()
+    first = 1000 + 10 * (os.getpid() % 1900)
+    (folder / "state" / "first").write_text(str(first))
     for name in COMMANDS:
         path = folder / name
         path.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return folder / "state"
+    return folder / "state", first
 
 
 def options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -44,7 +51,8 @@ def sbatch(state: Path, arguments: list[str]) -> None:
     for words_of_line in asked:
         asked_for |= options([word.strip("'\"") for word in words_of_line if not word.startswith("#")])[0]
     asked_for |= given
-    first = 10001 + 100 * len(list(state.glob("*.script")))
+    first = int((state / "first").read_text())
+    assert not (state / f"{first}.script").exists(), "one sbatch a test"
     (state / f"{first}.script").write_text(Path(script).read_text())
     last = asked_for.get("array", "").partition("%")[0].rpartition("-")[2]
     for index in range(int(last) + 1) if last else [None]:
@@ -83,7 +91,7 @@ def run(state: Path, arguments: list[str]) -> None:
 
 def srun(state: Path, arguments: list[str]) -> None:
     given, command = options(arguments)
-    job = os.environ.get("SLURM_JOB_ID", "9000")
+    job = os.environ.get("SLURM_JOB_ID", (state / "first").read_text())
     tasks = int(given.get("ntasks") or given.get("ntasks-per-node") or os.environ.get("SLURM_NTASKS", 1))
     steps = state / f"{job}.steps"
     step = len(steps.read_text()) if steps.exists() and "SLURM_JOB_ID" in os.environ else 0

@@ -20,12 +20,12 @@ SMOKE = ["experiment=smoke", "trainer.max_steps=10", "trainer.val_every_n_steps=
 
 @pytest.fixture
 def cluster(tmp_path):
-    """An environment for subprocesses with the commands of Slurm on its PATH, and the folder of the Slurm's state."""
-    state = slurm.install(tmp_path / "bin")
+    """An environment for subprocesses with the commands of Slurm on its PATH, its state's folder, and its first id."""
+    state, first = slurm.install(tmp_path / "bin")
     python = Path(sys.executable).parent
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     path = f"{tmp_path / 'bin'}:{python}:{kept['PATH']}"
-    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, state
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, state, first
 
 
 def train(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -52,7 +52,7 @@ def has_slurm() -> bool:
 
 @pytest.mark.parametrize("kind", ["small", "real"])
 def test_srun_makes_one_run(cluster, tmp_path, kind):
-    env, _ = cluster
+    env, _, first = cluster
     if kind == "real":
         if not has_slurm():
             pytest.skip("there is no Slurm here")
@@ -61,42 +61,42 @@ def test_srun_makes_one_run(cluster, tmp_path, kind):
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "outputs" / "smoke").iterdir()
-    assert run.name == "slurm-9000" or kind == "real"
+    assert run.name == f"slurm-{first}" or kind == "real"
     assert json.loads((run / "summary.json").read_text())["world_size"] == 2
     assert result.stdout.count("10 steps, 320 images") == 1
 
 
 def test_a_batch_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_path):
-    env, state = cluster
+    env, state, first = cluster
     arguments = [*SMOKE, *time_is_up(signal.SIGUSR1)]
     subprocess.run(
         ["sbatch", "--output=log", str(ROOT / "docs" / "slurm.sh"), *arguments], cwd=tmp_path, env=env, check=True
     )
-    while not (state / "10001.exit").exists():
+    while not (state / f"{first}.exit").exists():
         time.sleep(0.2)
     log = (tmp_path / "log").read_text()
-    assert (state / "10001.exit").read_text() == "0", log
-    assert (state / "10001.attempts").read_text() == "2"
+    assert (state / f"{first}.exit").read_text() == "0", log
+    assert (state / f"{first}.attempts").read_text() == "2"
     (run,) = (tmp_path / "outputs" / "smoke").iterdir()
-    assert run.name == "slurm-10001"
+    assert run.name == f"slurm-{first}"
     assert "stopped by SIGUSR1 after step 4" in log
     assert steps(run) == 10
 
 
 def test_a_submitit_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_path):
-    env, state = cluster
+    env, state, first = cluster
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.sweep.dir=sweep"]
     result = train(env, tmp_path, "-m", *launcher, *SMOKE, "resume=auto", "seed=0,1", *time_is_up(signal.SIGUSR2))
     logs = "\n".join(path.read_text() for path in (tmp_path / "sweep" / ".submitit").rglob("*_log.*"))
     assert result.returncode == 0, result.stderr + logs
-    assert [(state / f"{job}.attempts").read_text() for job in (10001, 10002)] == ["2", "1"]
+    assert [(state / f"{job}.attempts").read_text() for job in (first, first + 1)] == ["2", "1"]
     assert "stopped by SIGUSR2 after step 4" in logs
     assert [steps(tmp_path / "sweep" / job) for job in "01"] == [10, 10]
 
 
 def test_a_sweep_of_jobs_of_several_processes(cluster, tmp_path):
     """-m with ddp, refused in one process, works where each job is a group of tasks."""
-    env, _ = cluster
+    env, _, _ = cluster
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep"]
     result = train(env, tmp_path, "-m", *launcher, *SMOKE, "trainer=ddp", "trainer.accelerator=cpu")
     logs = "\n".join(path.read_text() for path in (tmp_path / "sweep" / ".submitit").rglob("*_log.*"))
