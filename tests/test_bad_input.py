@@ -52,10 +52,17 @@ TRAIN = [
         ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=33"],
         "data.batch_size=33 counts the images of all devices together, and 2 devices cannot share them evenly",
     ),
-    (["trainer=fsdp"], "strategy=fsdp shares a network out over several devices and there is one; use trainer=auto"),
+    (
+        ["trainer=fsdp"],
+        "strategy=fsdp shares a network out over several devices and there is one; use trainer.strategy=auto",
+    ),
     (
         ["trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-true"],
         "precision=bf16-true does not work with strategy=fsdp; use bf16-mixed",
+    ),
+    (
+        ["trainer=fsdp", "trainer.devices=2", "trainer.channels_last=true"],
+        "channels_last=true does not work with strategy=fsdp",
     ),
     (["seed=-1"], "seed=-1 must lie between 0 and"),
     (["data.image_size=-8"], "image_size=-8 must be at least 1"),
