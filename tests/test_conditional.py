@@ -136,6 +136,7 @@ def test_labels_are_dropped_per_image(monkeypatch):
     from src.diffusion.schedules import Linear
     from src.diffusion.weightings import Constant as ConstantWeight
     from src.training.ema import EMA
+    from src.training.guard import Guard
     from src.training.lr import Constant
     from src.training.module import DiffusionModule
 
@@ -143,9 +144,9 @@ def test_labels_are_dropped_per_image(monkeypatch):
         num_classes = 10
 
     diffusion = GaussianDiffusion(Linear(), Eps(), ConstantWeight(), Uniform())
-    module = DiffusionModule(Net(), diffusion, None, Constant(), None, EMA(), seed=0, label_dropout=0.25)
+    module = DiffusionModule(Net(), diffusion, None, Constant(), None, EMA(), Guard(), seed=0, label_dropout=0.25)
     y = torch.arange(10).repeat(1000)
-    dropped = module.drop_labels(y)
+    dropped = module.drop_labels(y, torch.rand(len(y)))
     none = dropped == 10
     assert torch.equal(dropped[~none], y[~none])
     assert none.float().mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 10000) ** 0.5)

@@ -100,13 +100,14 @@ def test_the_uncertainty_learns_and_the_importance_is_used(command, tmp_path):
 
 
 def test_offset_noise_is_one_number_an_image_and_channel():
+    from src.randomness import RowNoise
     from src.training.module import DiffusionModule
 
     module = DiffusionModule.__new__(DiffusionModule)
     torch.nn.Module.__init__(module)
     module.offset_noise = 0.5
-    torch.manual_seed(0)
-    noise = module.draw_noise(torch.zeros(2000, 3, 4, 4))
+    module.noise, module.channel_noise = (RowNoise(seed, torch.device("cpu")) for seed in (3, 4))
+    noise = module.draw_noise(0, range(2000), 2000, torch.zeros(2000, 3, 4, 4))
     means = noise.mean((2, 3))
     assert means.var().item() == pytest.approx(0.25 + 1 / 16, rel=0.05)
     assert (noise - means[..., None, None]).var().item() == pytest.approx(15 / 16, rel=0.02)
