@@ -61,7 +61,8 @@ class Shards:
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh, beside: nn.Module | None) -> None:
         for module in [*blocks(net), net]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)  # or the root would keep weights that `swapped`
+            # By default the root keeps its gathered weights after a forward pass, also when an average is swapped out.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
         self.net = net
         self.names = [name for name, _ in net.named_parameters()]
         self.parameters: list[Tensor] = [nn.Parameter(local(p), p.requires_grad) for p in net.parameters()]
