@@ -22,7 +22,7 @@ INTERACTIVE_JOBS = ("bash", "sh", "zsh", "interactive")  # what Slurm calls the 
 class Launch:
     """One of the processes that a launcher started; all nodes have as many."""
 
-    launcher: Literal["torchrun", "srun", "start"]  # see `src.processes.start`
+    launcher: Literal["torchrun", "srun", "start"]  # see `src.start`
     rank: int
     world_size: int
     local_rank: int

@@ -1,17 +1,12 @@
 """Several processes that do one job: who one is, what is one's share, and everything back in the first.
 
-A launcher has started them, torchrun, srun or `start` here, which runs a command several times over; see `src.launch`.
+A launcher has started them, torchrun, srun or `src.start`; see `src.launch`.
 Item k of a job belongs to process k mod size.
 
 What travels is small (uint8 images, numbers), so that it goes over gloo, on the CPU, whatever device has made it.
 """
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +21,12 @@ import torch.distributed as dist
 
 from src.errors import UserError
 from src.launch import Launch, launched, meeting_point
+from src.start import ERROR_FILE, start
 
 T = TypeVar("T")
 JOIN = timedelta(minutes=10)  # within which all must have come
 WORK = timedelta(days=30)  # for which the first to be done waits for the last; one that has died is noticed at once
 GRACE = 3.0  # seconds that processes have to end by themselves, when one has failed and when they are told to
-ERROR_FILE = "DIFFUSION_LAB_ERROR_FILE"  # where a process of `start` leaves the sentence of its error
 
 
 class Lost(UserError):  # noqa: N818
@@ -232,102 +227,8 @@ def on_devices(
             work(group)
 
 
-def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> None:
-    """Runs a command several times over as one group, on this machine, and waits for all.
-
-    Only the first prints. When one fails the others are ended; they also end with this process, however it ends.
-
-    Args:
-        handed_on: signals to this process that are for them, who know how to end well.
-
-    Raises:
-        UserError: with the sentence that one of them has failed with.
-        SystemExit: with the exit code of one that has failed otherwise, and has said why, or of a signal.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
-    children: list[subprocess.Popen[bytes]] = []
-
-    asked: list[int] = []
-
-    def hand_on(signum: int, frame: Any) -> None:
-        asked.append(signum)
-        for child in children:
-            child.send_signal(signum)
-
-    before = {number: signal.signal(number, hand_on) for number in handed_on}
-    with tempfile.TemporaryDirectory() as folder:
-        sentences, outputs = ([Path(folder, f"{kind}{r}") for r in range(processes)] for kind in ("error", "stderr"))
-        try:
-            for rank in range(processes):
-                environ = {
-                    **inherited,
-                    **{"RANK": str(rank), "WORLD_SIZE": str(processes)},
-                    **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)},
-                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), ERROR_FILE: str(sentences[rank])},
-                }
-                with outputs[rank].open("wb") as output:
-                    children.append(
-                        subprocess.Popen(
-                            command,
-                            env=environ,
-                            stdin=subprocess.PIPE,  # see _end_with_parent
-                            stdout=None if rank == 0 else subprocess.DEVNULL,
-                            stderr=None if rank == 0 else output,
-                            start_new_session=True,  # Ctrl-C is for this process alone
-                        )
-                    )
-            _wait(children)
-        finally:
-            for child in children:
-                child.terminate()
-            codes = [_end(child) for child in children]
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if codes[0] < 0:
-            sys.stderr.write("\n")  # below its progress bar
-        if asked and -asked[0] in codes:
-            raise SystemExit(128 + asked[0])  # before they could handle it
-        failed = [rank for rank, code in enumerate(codes) if code != 0]
-        told = [sentence.read_text() for sentence in sentences if sentence.exists()]
-        if told:
-            raise UserError(told[0])
-        for rank in sorted(
-            failed, key=lambda rank: codes[rank] in (2, -signal.SIGTERM)
-        ):  # the cause before its effects
-            if codes[rank] < 0:
-                raise UserError(
-                    f"process {rank} of {processes} was ended by signal {-codes[rank]} "
-                    f"({signal.strsignal(-codes[rank])}), perhaps for want of memory; try fewer devices"
-                )
-            sys.stderr.write(outputs[rank].read_text(errors="replace"))
-            raise SystemExit(codes[rank])
-
-
-def _wait(children: list["subprocess.Popen[bytes]"]) -> None:
-    """Until all have ended; or, when one has failed, until the others have had time to."""
-    deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        if any(child.poll() for child in children):
-            deadline = min(deadline, time.monotonic() + GRACE)
-        time.sleep(0.05)
-
-
-def _end(child: "subprocess.Popen[bytes]") -> int:
-    """The exit code of one that was told to end."""
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-    if child.stdin is not None:
-        child.stdin.close()
-    return child.wait()
-
-
 def _end_with_parent() -> None:
-    """In a process of `start`: standard input is a pipe that nothing is written to, and that ends with its parent."""
+    """In a process of `src.start`: standard input is a pipe that nobody writes to, and that ends with its parent."""
     if ERROR_FILE not in os.environ:
         return
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from src.diffusion.gaussian import GaussianDiffusion
 
 CONFIG = "config.yaml"
+SUMMARY = "summary.json"
 LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = Path("checkpoints", "previous.ckpt")
 BEST = Path("checkpoints", "best.ckpt")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.processes import ALONE, Group, count, joined, on_devices, start
+from src.processes import ALONE, Group, count, joined, on_devices
+from src.start import start
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -79,7 +80,7 @@ def test_one_that_is_killed_ends_all(several):
 def test_all_end_with_the_process_that_started_them():
     sleeper = "import os, time; from src.processes import joined\n"
     sleeper += "with joined() as group: print(os.getpid(), flush=True); time.sleep(60)"
-    script = f"import sys; from src.processes import start; start([sys.executable, '-c', {sleeper!r}], 2)"
+    script = f"import sys; from src.start import start; start([sys.executable, '-c', {sleeper!r}], 2)"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     first = parent.stdout.readline().strip()

@@ -4,7 +4,6 @@ What a user can get wrong is found before anything is written to the run's folde
 """
 
 import inspect
-import json
 import os
 import re
 import sys
@@ -27,10 +26,11 @@ from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
 from src.launch import launched
-from src.overrides import as_override, same_job
-from src.processes import meet, share_cores, start
+from src.overrides import as_override
+from src.processes import meet, share_cores
 from src.randomness import mix
-from src.runs import CONFIG, LAST, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
+from src.runs import CONFIG, LAST, SUMMARY, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
+from src.start import in_processes
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
@@ -39,13 +39,11 @@ from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
-from src.training.stop import SIGNALS, Stop
+from src.training.stop import Stop
 from src.training.summary import summarize, write
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
-
-SUMMARY = "summary.json"
 
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
@@ -75,8 +73,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         refuse_ddp_sweep(settings)
     launch = launched()
     if launch is None and settings.num_devices > 1:
-        start(same_job("train", run_dir), settings.num_devices, SIGNALS)
-        return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
+        return in_processes(settings.num_devices, run_dir)
 
     for line in changes:
         say(line)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from src.start import SIGNALS
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
