@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.cli import command
-from src.launch import is_named, launched, rank
+from src.launch import is_named, rank
 from src.overrides import as_override, plain_value
 
 
@@ -51,7 +51,6 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
 
     from src.files import shown
     from src.runs import CONFIG
-    from src.start import in_processes
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
     hydra = HydraConfig.get()
@@ -61,11 +60,6 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
             config["run"] = str(run_dir)
         elif not any(o.startswith("hydra.") for o in hydra.overrides.hydra) and not is_named():
             print("note: resume=auto finds nothing in a new folder; name one with hydra.run.dir=<folder>", flush=True)
-    devices, nodes = config["trainer"]["devices"], config["trainer"]["num_nodes"]
-    several = type(devices) is int and devices > 1 and nodes in (1, "auto") and launched() is None
-    if several and not sweep and config["run"] is None:  # what is wrong they will say; they import, this need not
-        return in_processes(devices, run_dir)
-
     from src.training.fit import fit
     from src.training.stop import Stopped
 
