@@ -44,7 +44,7 @@ def test_every_experiment_passes_the_schema_and_builds(experiment):
 def test_every_option_passes_the_schema_and_builds(group, option, monkeypatch):
     import torch
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # trainer=fsdp needs several
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     size = ["data.image_size=32"] if group == "model" and option != "oracle" else []
     config = configuration(f"{group}={option}", *size)

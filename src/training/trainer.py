@@ -100,7 +100,7 @@ class TrainerSettings:
             raise ValueError(
                 "strategy=fsdp shares a network out over several devices and there is one; use trainer.strategy=auto"
             )
-        if self.chosen_precision in ("bf16-true", "16-mixed"):
+        if self.precision in ("bf16-true", "16-mixed"):
             raise ValueError(f"precision={self.precision} does not work with strategy=fsdp; use bf16-mixed")
         if self.channels_last:
             raise ValueError("channels_last=true does not work with strategy=fsdp; use channels_last=false")
