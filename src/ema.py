@@ -88,7 +88,7 @@ def _rebuild(
     from src.training.posthoc import coefficients
     from src.training.snapshots import read_snapshot
 
-    headers = {n: read_snapshot(path)["lengths"] for n, path in snapshots.items()}
+    headers = {n: read_snapshot(path, whole=False)["lengths"] for n, path in snapshots.items()}
     stored = [(n, name, Power(length).gamma) for n, lengths in headers.items() for name, length in lengths.items()]
     times, _, gammas = (list(column) for column in zip(*stored, strict=True))
     float64 = torch.float64

@@ -1,5 +1,10 @@
-"""The one exception that means "the user can fix this"; commands print it as one sentence and exit with 2."""
+"""The one exception that means "the user can fix this", which commands print as a sentence and exit with 2."""
 
 
 class UserError(ValueError):
     """What was given, what is allowed, what to do: in one sentence."""
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what a library says."""
+    return str(error).split("\n")[0].split(". ")[0] or type(error).__name__

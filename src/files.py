@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,14 @@ def tolerated(path: Path) -> Iterator[None]:
         if path not in _SAID:
             _SAID.add(path)
             print(f"{shown(path)} could not be written ({error}); training goes on", flush=True)
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """Gives a file another name, which keeps its content when the first is replaced; a copy where links are unknown."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def save(content: Any, path: Path) -> None:

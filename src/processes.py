@@ -26,7 +26,6 @@ from src.start import ERROR_FILE, start
 T = TypeVar("T")
 JOIN = timedelta(minutes=10)  # within which all must have come
 WORK = timedelta(days=30)  # for which the first to be done waits for the last; one that has died is noticed at once
-GRACE = 3.0  # seconds that processes have to end by themselves, when one has failed and when they are told to
 
 
 class Lost(UserError):  # noqa: N818
@@ -127,7 +126,6 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     if place is None or place.world_size == 1:
         yield ALONE
         return
-    _end_with_parent()
     threads = torch.get_num_threads()
     share_cores(place)
     if device in ("auto", "cuda") and torch.cuda.is_available():
@@ -161,9 +159,10 @@ def share_cores(place: Launch) -> None:
 def meet(place: Launch, backend: str) -> None:
     """Makes torch's default group of all processes that the launcher has started.
 
-    When torchrun starts all again, it keeps its store, with the addresses of those that have died in it: each attempt
-    gets keys of its own.
+    A process of `src.start` from now on ends when its parent does. When torchrun starts all again, it keeps its store,
+    with the addresses of those that have died in it: each attempt gets keys of its own.
     """
+    _end_with_parent()
     address, port = meeting_point()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     store = None

@@ -21,6 +21,11 @@ def mix(*numbers: int) -> int:
     return z % 2**32
 
 
+def another(seed: int, times: int) -> int:
+    """The seed of training after it has gone back so many times: the run's own at first, then others."""
+    return mix(seed, times) if times else seed
+
+
 def generator(start: int, counter: int) -> torch.Generator:
     """A CPU generator for one item of a series that `mix` has started."""
     return torch.Generator().manual_seed((start + counter) % 2**32)

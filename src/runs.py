@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.build import build, refusals
-from src.errors import UserError
+from src.errors import UserError, reason
 from src.files import check_sums
 from src.shapes import as_pair
 
@@ -139,8 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises anything
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); use another one") from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason(error)}); use another one") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "ema", "config"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint that src.train wrote; use one from <run>/checkpoints")
     written = checkpoint.setdefault("format", 0)

@@ -1,6 +1,5 @@
-"""One command several times over, as one group of processes on this machine; without torch, which they import."""
+"""One command several times over, as one group of processes on this machine."""
 
-import json
 import os
 import signal
 import socket
@@ -13,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.overrides import same_job
-from src.runs import SUMMARY
 
 GRACE = 10.0  # seconds that processes have to end by themselves when one has failed
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # that ask training to stop
 ERROR_FILE = "DIFFUSION_LAB_ERROR_FILE"  # where a process of `start` leaves the sentence of its error
 
 
@@ -62,7 +58,7 @@ def start(command: list[str], processes: int, handed_on: Sequence[int] = ()) -> 
                         subprocess.Popen(
                             command,
                             env=environ,
-                            stdin=subprocess.PIPE,  # see _end_with_parent
+                            stdin=subprocess.PIPE,  # see `src.processes.meet`
                             stdout=None if rank == 0 else subprocess.DEVNULL,
                             stderr=None if rank == 0 else output,
                             start_new_session=True,  # Ctrl-C is for this process alone
@@ -113,9 +109,3 @@ def _end(child: "subprocess.Popen[bytes]") -> int:
     if child.stdin is not None:
         child.stdin.close()
     return child.wait()
-
-
-def in_processes(processes: int, run_dir: Path) -> float:
-    """Trains in so many processes of this machine, in the folder that this job has; val/loss_ema at the end."""
-    start(same_job("train", run_dir), processes, SIGNALS)
-    return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])

@@ -51,6 +51,8 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
 
     from src.files import shown
     from src.runs import CONFIG
+    from src.training.fit import fit
+    from src.training.stop import Stopped
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
     hydra = HydraConfig.get()
@@ -60,9 +62,6 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
             config["run"] = str(run_dir)
         elif not any(o.startswith("hydra.") for o in hydra.overrides.hydra) and not is_named():
             print("note: resume=auto finds nothing in a new folder; name one with hydra.run.dir=<folder>", flush=True)
-    from src.training.fit import fit
-    from src.training.stop import Stopped
-
     try:
         return fit(config, run_dir, sweep=Path(hydra.sweep.dir).name if sweep else None)
     except Stopped as stopped:
@@ -71,10 +70,10 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
             print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
         if stopped.requeue is not None:
             stopped.requeue(stopped.signum, None)
+        if stopped.signum == signal.SIGINT:
+            raise SystemExit(128 + signal.SIGINT) from None
         code = config["trainer"]["requeue_code"]
-        if stopped.signum == signal.SIGINT or code is None:
-            code = 128 + (signal.SIGINT if stopped.signum == signal.SIGINT else signal.SIGTERM)
-        raise SystemExit(code) from None
+        raise SystemExit(128 + signal.SIGTERM if code is None else code) from None
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 from src.data.loader import EvalLoader, TrainLoader
 from src.data.sources import ImageSet, Source
 from src.errors import UserError
-from src.randomness import generator, mix
+from src.randomness import another, generator, mix
 from src.shapes import as_pair
 
 
@@ -110,7 +110,7 @@ class ImageDataModule(LightningDataModule):
             device,
             self.batch_size,
             self.flip,
-            self.seed if not self.restores else mix(self.seed, self.restores),
+            another(self.seed, self.restores),
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             start=self.images_done,

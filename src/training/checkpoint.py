@@ -65,16 +65,6 @@ class Checkpoint(Callback):
         self._best_on_disk = float("inf")
         self._saved_step = -1
 
-    @property
-    def last_seconds(self) -> float | None:
-        """That the latest file took to write, beside training."""
-        return self.writer.last_seconds
-
-    @property
-    def last_bytes(self) -> int | None:
-        """Size of the latest file."""
-        return self.writer.last_bytes
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step

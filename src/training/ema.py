@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.launch import rank
 from src.training.averages import Average, Constant, HalfLife, Power
 from src.training.masters import MasterWeights, full_precision
 from src.training.sharding import Shards, local, shard, whole
@@ -146,7 +146,8 @@ class EMA(Callback):
         assert self.run_dir is not None
         self._snapshot_step = self._step
         weights = {name: self.state_dict_of_net(name) for name in self.lengths}
-        rank_zero_only(write_snapshot)(self.run_dir, self._step, self.lengths, weights)
+        if rank() == 0:
+            write_snapshot(self.run_dir, self._step, self.lengths, weights)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         primary, *others = self.averages

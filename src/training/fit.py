@@ -4,6 +4,7 @@ What a user can get wrong is found before anything is written to the run's folde
 """
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from src.build import build, locate, refusals
@@ -25,12 +25,12 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
-from src.launch import launched
-from src.overrides import as_override
+from src.launch import launched, rank
+from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
-from src.randomness import mix
+from src.randomness import another
 from src.runs import CONFIG, LAST, SUMMARY, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
-from src.start import in_processes
+from src.start import start
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
@@ -39,7 +39,7 @@ from src.training.metrics_csv import MetricsCSV
 from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
-from src.training.stop import Stop
+from src.training.stop import SIGNALS, Stop
 from src.training.summary import summarize, write
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
@@ -73,7 +73,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         refuse_ddp_sweep(settings)
     launch = launched()
     if launch is None and settings.num_devices > 1:
-        return in_processes(settings.num_devices, run_dir)
+        start(same_job("train", run_dir), settings.num_devices, SIGNALS)
+        return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
 
     for line in changes:
         say(line)
@@ -180,7 +181,7 @@ def _assemble(
         settings.gradient_clip_norm,
         callbacks["ema"],
         guard,
-        mix(config["seed"], guard.restores) if guard.restores else config["seed"],
+        another(config["seed"], guard.restores),
         config["label_dropout"],
         config["offset_noise"],
         masters,
@@ -313,7 +314,7 @@ def _warn_of_terminal_signal(diffusion: GaussianDiffusion) -> None:
 
 def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None) -> list[Logger]:
     """The tracker that was asked for, beside metrics.csv; only the first of several processes writes."""
-    if getattr(rank_zero_only, "rank", 0):
+    if rank() != 0:
         return []
     tracker = build(config["logger"], "logger", run_dir=run_dir, config=config, group=sweep)
     return [] if tracker is None else [tracker]
@@ -326,7 +327,7 @@ def _claimed(run_dir: Path, config: dict[str, Any], continued: bool) -> Iterator
     Raises:
         UserError: when another process trains in it, it holds another run, or cannot be written to.
     """
-    if getattr(rank_zero_only, "rank", 0):
+    if rank() != 0:
         yield
         return
     from omegaconf import OmegaConf

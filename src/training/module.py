@@ -118,9 +118,6 @@ class DiffusionModule(LightningModule):
         losses, u = self.losses(batch, part, self.global_step)
         loss = self.diffusion.density.correct(losses, u).mean()
         self.seen = (self.seen if part else []) + [torch.stack([loss.detach().expand_as(u), losses.detach(), u])]
-        if part == self.accumulated - 1 and self.diffusion.density.learns:
-            seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
-            self.diffusion.density.learn(*seen.movedim(-2, 0)[1:].movedim(1, -2).flatten(1))
         return loss
 
     def losses(self, batch: Batch, part: int, step: int) -> tuple[Tensor, Tensor]:
@@ -194,6 +191,10 @@ class DiffusionModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
+        batches = checkpoint["global_step"] * self.accumulated  # which may be others than those of the saved run
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, batches))
         if isinstance(self.masters, MasterWeights):
             self.masters.load(net_state(checkpoint["state_dict"]))
 
@@ -221,6 +222,10 @@ class DiffusionModule(LightningModule):
         self.guard.leave_out(optimizer, parameters, bad)
         _, losses, u = torch.cat(self.seen, dim=1)
         self.loss_by_level.add(u, losses, bad)
+        if self.diffusion.density.learns and not bad:
+            seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
+            in_rows = seen.movedim(-2, 0).movedim(1, -2).flatten(1)  # (3, rows of the step), in their order
+            self.diffusion.density.learn(*in_rows[1:])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

@@ -3,10 +3,9 @@
 import copy
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from src.errors import UserError
 from src.files import shown
+from src.launch import rank
 from src.runs import FORMAT, Run
 
 # What may change when a run is continued; everything else is the experiment.
@@ -80,10 +79,10 @@ def continued(config: dict[str, Any], run: Run) -> tuple[dict[str, Any], list[st
     return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}, lines
 
 
-@rank_zero_only
 def say(text: str) -> None:
     """Prints a line, of the first of several processes."""
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def _others(overrides: list[str], known: list[str]) -> list[str]:

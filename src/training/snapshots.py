@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.errors import UserError
+from src.errors import UserError, reason
 from src.files import check_sums, save
 from src.training.averages import Power
 
@@ -33,21 +33,24 @@ def find_snapshots(run_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(path.stem[5:]), path) for path in files if re.fullmatch(r"step=\d+", path.stem)))
 
 
-def read_snapshot(path: Path) -> dict[str, Any]:
+def read_snapshot(path: Path, whole: bool = True) -> dict[str, Any]:
     """A snapshot, whose weights stay on the disk until they are used; never executes what it holds.
+
+    Args:
+        whole: read all of it once, to compare it with its checksums; not needed for its head alone.
 
     Raises:
         UserError: when it is damaged, or no snapshot.
     """
     try:
-        check_sums(path)
+        if whole:
+            check_sums(path)
         snapshot = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         lengths = {average: Power(length) for average, length in snapshot["lengths"].items()}
         if not lengths or lengths.keys() != snapshot["weights"].keys() or snapshot["step"] != int(path.stem[5:]):
             raise ValueError("its parts do not belong together")
     except Exception as error:  # unpickling damaged bytes raises anything
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise UserError(
-            f"{path} is damaged or not a snapshot ({reason}); take it away, and the others will do without it"
+            f"{path} is damaged or not a snapshot ({reason(error)}); take it away, and the others will do without it"
         ) from error
     return snapshot

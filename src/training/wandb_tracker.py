@@ -1,9 +1,7 @@
 """A W&B run that training never waits for: whatever goes to it goes through a queue to a thread of its own."""
 
 import contextlib
-import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +12,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from src.files import shown
+from src.files import link_or_copy, shown
 from src.runs import BEST, LAST
 
 QUEUE = 1000  # calls that may wait; when there are more, the newest are dropped
@@ -140,10 +138,7 @@ class WandbTracker(Logger):
         kept = self.folder / "artifact" / checkpoint.name  # `wandb sync` reads it; the run may go on and write another
         kept.parent.mkdir(exist_ok=True)
         kept.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint, kept)
-        except OSError:
-            shutil.copyfile(checkpoint, kept)
+        link_or_copy(checkpoint, kept)
         artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
         artifact.add_file(str(kept), policy="immutable", skip_cache=True)
         logged = self.run.log_artifact(artifact)

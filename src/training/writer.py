@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from src.files import replacing
+from src.files import link_or_copy, replacing
 from src.runs import LAST, PREVIOUS
 
 
@@ -77,7 +77,8 @@ class CheckpointWriter(TorchCheckpointIO):
                     shutil.copyfile(temporary, copy)
                     _flush(copy)
             if first.name == LAST.name and first.exists():
-                _keep(first, first.with_name(PREVIOUS.name))
+                with replacing(first.with_name(PREVIOUS.name)) as link:
+                    link_or_copy(first, link)
         _flush(first.parent)  # the renames, too
         self.last_seconds, self.last_bytes = time.perf_counter() - start, size
 
@@ -94,15 +95,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _keep(path: Path, name: Path) -> None:
-    """Gives a file, which is about to be replaced, another name as well; a copy of it where links are not known."""
-    with replacing(name) as link:
-        try:
-            os.link(path, link)
-        except OSError:
-            shutil.copyfile(path, link)
 
 
 def _in_memory(node: Any) -> Any:

@@ -114,9 +114,9 @@ def test_what_learns_from_losses_learns_the_same_from_parts(tmp_path):
 
 
 def test_another_number_of_devices_goes_on_with_the_same_batches(one, tmp_path):
-    """Ten steps in one process, ten in two, with the batch split otherwise besides."""
+    """Thirteen steps in one process, seven in two, with the batch split otherwise besides; 13 is no even number."""
     run = tmp_path / "run"
-    arguments = ["experiment=smoke", "trainer.max_steps=10", f"hydra.run.dir={run}"]
+    arguments = ["experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={run}"]
     assert finish(*arguments, output=tmp_path / "log") == 0
     split = ["data.batch_size=16", "trainer.accumulate_grad_batches=2"]
     process = train(f"run={run}", "trainer.max_steps=20", *split, "trainer.strategy=ddp", "trainer.devices=2")
@@ -125,6 +125,20 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(one, tmp_path):
     assert "continuing with data.batch_size=16 instead of 32" in out
     assert_same_weights(one, run, atol=1e-6)
     assert [row["train/loss"] for row in rows(run)[:2]] == [row["train/loss"] for row in rows(one)[:2]]
+    assert [int(row["step"]) for row in rows(run) if row["val/loss_ema"]] == [10, 13, 20]
+    assert [int(float(row["images"])) for row in rows(run)] == [160, 320, 416, 480, 640]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1)])
+def test_a_batch_may_be_split_otherwise_at_any_step(one, tmp_path, before, after):
+    run, log = tmp_path / "run", tmp_path / "log"
+    split = [
+        [f"data.batch_size={32 // parts}", f"trainer.accumulate_grad_batches={parts}"] for parts in (before, after)
+    ]
+    assert finish("experiment=smoke", "trainer.max_steps=13", *split[0], f"hydra.run.dir={run}", output=log) == 0
+    assert finish(f"run={run}", "trainer.max_steps=20", *split[1], output=log) == 0
+    assert_same_weights(one, run, atol=1e-6)
+    assert [int(row["step"]) for row in rows(run) if row["val/loss_ema"]] == [10, 13, 20]
 
 
 def test_nothing_of_lightnings_is_asked_of_the_others_each_step(tmp_path):
@@ -157,8 +171,35 @@ def test_all_processes_stop_at_the_same_step(one, tmp_path, number):
     assert "Traceback" not in out
 
 
+def running(pid: int) -> bool:
+    """Whether a process is there and more than an entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def children(pid: int) -> list[int]:
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_when_the_starting_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path, record):
+    """kill -9 of what the user has started, who knows nothing of the others: they must not train on."""
+    run = tmp_path / "run"
+    longer = ["trainer.log_every_n_steps=1", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5"]
+    process = train("experiment=smoke", *TWO, *longer, f"hydra.run.dir={run}")
+    wait_for_step(run, 7, process)
+    ranks = children(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in ranks)
+    lost, goal = steps_logged(run) - saved_step(run), saved_step(run) + 5
+    assert finish(f"run={run}", f"trainer.max_steps={goal}", "trainer.devices=1", output=tmp_path / "log") == 0
+    record("starting process of a DDP run killed", tried=1, lost=lost, note="the others end, the run goes on")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")

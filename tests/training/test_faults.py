@@ -157,6 +157,18 @@ def test_a_bad_step_is_left_out(tmp_path, record, value):
     record(f"a step with a {value} weight", tried=2, lost=0, note="left out and counted")
 
 
+def test_what_learns_from_losses_learns_nothing_from_a_bad_step(tmp_path):
+    """One NaN among the losses that the importance density remembers would be in its probabilities for good."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    poison = ["+callbacks.poison._target_=tests.faults.Poison", "+callbacks.poison.value='nan'"]
+    where = ["+callbacks.poison.steps=[20]", "+callbacks.poison.layer=conv_out.weight"]
+    learning = ["density=importance", "density.history=1", "schedule.num_timesteps=10", "sampler.steps=5"]
+    assert finish(*SMOKE, *poison, *where, *learning, f"hydra.run.dir={run}", output=log) == 0
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["density"]
+    assert all(torch.isfinite(value).all() for value in kept.values() if isinstance(value, torch.Tensor))
+    assert [float(row["train/skipped"]) for row in rows(run)] == [0.0] * 20 + [1.0] * 40
+
+
 def test_divergence_goes_back_and_takes_another_order(tmp_path, record):
     """The weights are spoilt for good at step 22, once; the last good checkpoint is that of step 20."""
     run, log = tmp_path / "run", tmp_path / "log"
