@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from src.errors import UserError
 from src.launch import Launch, launched, meeting_point
@@ -170,6 +171,17 @@ def meet(place: Launch, backend: str) -> None:
         tcp = dist.TCPStore(address, int(port), place.world_size, is_master=False, timeout=JOIN)
         store = dist.PrefixStore(f"attempt {attempt}", tcp)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=JOIN)
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in place; of a process that is alone, as it is.
+
+    Lightning's own reduction has all processes wait for each other first.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 def _join(place: Launch) -> Group:

@@ -41,7 +41,7 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
     worst = int(losses.detach().nan_to_num(nan=torch.inf).argmax())
     t = schedule.time(u[worst : worst + 1])
     alpha, sigma = (float(v) for v in schedule.level(t))
-    level = f"the largest loss, {float(losses[worst]):.3g}, is at noise level t={float(t):g} "
+    level = f"the largest loss, {float(losses.detach()[worst]):.3g}, is at noise level t={float(t):g} "
     level += f"(alpha {alpha:.3g}, sigma {sigma:.3g})"
     if weights:
         return f"{level}; the weights {weights[0]} are not finite"

@@ -237,9 +237,9 @@ def _go_back(
     guard.futile = guard.futile + 1 if step == (before["global_step"] if before else 0) else 1
     if guard.futile > guard.max_restores:
         raise UserError(
-            f"training has diverged: after step {step}, which it went back to {guard.max_restores} times, "
-            f"{guard.patience} steps in a row were left out; {diverged.where}; lower optimizer.lr, or set "
-            "trainer.gradient_clip_norm"
+            "training has diverged; lower optimizer.lr, or set trainer.gradient_clip_norm: after step "
+            f"{step}, which it went back to {guard.max_restores} times, {guard.patience} steps in a row were left out; "
+            f"{diverged.where}"
         )
     guard.restores += 1
     say(f"note: {diverged}; going back to step {step}, with another order of images and noise")

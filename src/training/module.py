@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
+from src.processes import mean
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
 from src.runs import net_state
 from src.training.by_level import LossByLevel
@@ -218,7 +219,7 @@ class DiffusionModule(LightningModule):
         if self.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
         loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
-        bad = self.guard.inspect(self.trainer.strategy.reduce(loss, reduce_op="mean"), self.grad_norm)
+        bad = self.guard.inspect(mean(loss), self.grad_norm)
         self.guard.leave_out(optimizer, parameters, bad)
         _, losses, u = torch.cat(self.seen, dim=1)
         self.loss_by_level.add(u, losses, bad)

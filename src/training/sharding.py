@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from src.processes import mean
+
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
@@ -88,8 +90,7 @@ class Shards:
             own.grad = None
         for parameter in self.beside:
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+                mean(parameter.grad)
 
     def norm(self) -> Tensor:
         """Of the whole gradient, the same in all processes."""
