@@ -78,21 +78,24 @@ class Setup:
         return x
 
 
-def set_up(config: dict[str, Any], num_samples: int) -> Setup:
+def set_up(config: dict[str, Any], num_samples: int, loaded: tuple[Run, nn.Module] | None = None) -> Setup:
     """What the keys that conf/sample.yaml and conf/edit.yaml share ask for, to draw `num_samples` images.
+
+    Args:
+        loaded: the run and its network, if they are there.
 
     Raises:
         UserError: for whatever the user can mend.
     """
     if num_samples < 1 or config["batch_size"] < 1:
         raise UserError("num_samples and batch_size must be at least 1")
-    run = Run(config["run"])
+    run = loaded[0] if loaded else Run(config["run"])
     device = choose_device(config["device"])
     diffusion = build_diffusion(run.config)
     sampler = build(config["sampler"], "sampler")
     with refusals("sampler"):
         steps = len(sampler.path(diffusion.schedule)) - 1
-    net = run.load_net(config["weights"]).to(device)
+    net = loaded[1] if loaded else run.load_net(config["weights"]).to(device)
     labels = _labels(config["labels"], net, num_samples, run.checkpoint)
     guidance = build(config["guidance"], "guidance")
     with refusals("sampler"):
