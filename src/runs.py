@@ -157,7 +157,16 @@ def build_net(config: dict[str, Any]) -> "nn.Module":
 
 
 def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
-    """Schedule, objective, weighting, density and loss that a configuration describes."""
+    """Schedule, objective, weighting, density and loss that a configuration describes.
+
+    Raises:
+        UserError: when it describes a classifier, or parts that do not go together.
+    """
+    if config["schedule"] is None:
+        raise UserError(
+            f"{config['name']} trains a classifier, which makes no images; it scores those of other runs, with "
+            "features=classifier features.run=<its folder>"
+        )
     from src.diffusion.gaussian import GaussianDiffusion
 
     parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density", "loss")]
