@@ -29,6 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.devices import claim_gpu
 from src.errors import UserError
+from src.failures import forget_failure, note_failure
 from src.launch import launched, rank, stamp
 from src.overrides import plain_value
 from src.training.units import share
@@ -125,11 +126,18 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         if "seed" in plain:
             check_seed("seed", plain["seed"])
         _check_writable(run_dir)
-        return task(plain, run_dir)
-    except UserError as error:
+        result = task(plain, run_dir)
+    except Exception as error:
         if sweep:
+            note_failure(run_dir, error)
             raise  # the sweep goes on, and ends with this error
+        if not isinstance(error, UserError):
+            raise
         _fail(str(error))
+    else:
+        if sweep:
+            forget_failure()
+        return result
     finally:
         RememberFolders.remove()
 

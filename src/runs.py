@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+METRICS = "metrics.csv"
+ERROR = "error.txt"  # why a run ended before its time
+PRUNED = "pruned.txt"  # why a search stopped it
 LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = Path("checkpoints", "previous.ckpt")
 BEST = Path("checkpoints", "best.ckpt")

@@ -29,6 +29,7 @@ from src.processes import meet, share_cores
 from src.randomness import another
 from src.runs import CONFIG, LAST, SUMMARY, Run, build_net, check_architecture, image_shape, net_state
 from src.start import start
+from src.training.ending import explained
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
@@ -322,7 +323,8 @@ def _claimed(run_dir: Path, config: dict[str, Any], continued: bool) -> Iterator
             (run_dir / LAST).parent.mkdir(exist_ok=True)  # fails now, where something else has the name
         except OSError as error:
             raise _unwritable(run_dir, error) from error
-        yield
+        with explained(run_dir):
+            yield
     finally:
         lock.release()
 
