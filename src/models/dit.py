@@ -68,7 +68,7 @@ class DiT(nn.Module):
         num_classes: of a network that takes labels; None for one that does not.
         learned_variance: a second output of the image's shape (Sec. 3.1, Nichol & Dhariwal 2021).
         self_conditioning: a second input of the image's shape, the last guess of x0 (Chen et al. 2023).
-        time_scale: see `SinusoidalEmbedding`.
+        time_scale, endpoint: see `SinusoidalEmbedding`; diffusers' DiT has the endpoint, that of the paper has not.
         gradient_checkpointing: keep no activations inside the blocks and compute them again on the way back: less
             memory for a third more time, and the same gradients.
 
@@ -91,6 +91,7 @@ class DiT(nn.Module):
         learned_variance: bool = False,
         self_conditioning: bool = False,
         time_scale: float = 1.0,
+        endpoint: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class DiT(nn.Module):
         self.register_buffer("positions", position_table(grid, hidden_dim), persistent=False)
         self.patches_in = nn.Linear(channels * (1 + self_conditioning) * patch_size**2, hidden_dim)
         self.time_embedding = nn.Sequential(
-            SinusoidalEmbedding(FREQUENCIES, cosine_first=True, endpoint=False, scale=time_scale),
+            SinusoidalEmbedding(FREQUENCIES, cosine_first=True, endpoint=endpoint, scale=time_scale),
             nn.Linear(FREQUENCIES, hidden_dim),
             nn.SiLU(),
             nn.Linear(hidden_dim, hidden_dim),
@@ -134,8 +135,9 @@ class DiT(nn.Module):
         of_time = [m.weight for m in self.time_embedding if isinstance(m, nn.Linear)]
         for weight in [*of_time, *tables]:
             nn.init.normal_(weight, std=0.02)
-        for layer in [*(block.modulation for block in self.blocks), self.modulation_out, self.patches_out]:
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        modulations = [m.modulation for m in self.modules() if isinstance(m, Block)]
+        for layer in [*modulations, self.modulation_out, self.patches_out]:
+            nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         channels_last = is_channels_last(x)

@@ -216,13 +216,14 @@ def _widths(base_channels: int, channel_mults: Sequence[float]) -> list[int]:
     if base_channels % 4:
         raise ValueError(f"base_channels={base_channels} must be a multiple of 4")
     mults = list(channel_mults)
-    widths = [base_channels * mult for mult in mults]
-    if not widths or min(widths) < 4 or any(w % 1 for w in widths):
+    widths = [round(base_channels * mult) for mult in mults]
+    off = [abs(base_channels * mult - w) for mult, w in zip(mults, widths, strict=True)]
+    if not widths or min(widths) < 4 or max(off) > 1e-6:  # a mult may be a third
         raise ValueError(
             f"channel_mults={mults} must be a list of numbers, one a level, each a whole number of channels with "
             f"base_channels={base_channels} and at least 4"
         )
-    return [int(w) for w in widths]
+    return widths
 
 
 def _check_heads(widths: list[int], attending: set[int], num_heads: int, channels_per_head: int | None) -> None:
