@@ -169,10 +169,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _as_checkpoint(source: "Source") -> dict[str, Any]:
-    """Weights without a training: raw and averaged are the same."""
-    state = source.state()
+    config = source.as_run()
+    return weights_alone(source.state(config["model"]), config)
+
+
+def weights_alone(state: dict[str, "Tensor"], config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without a training: raw and averaged weights are the same."""
     raw = {f"net.{key}": value for key, value in state.items()}
-    return {"state_dict": raw, "ema": state, "config": source.as_run(), "format": FORMAT, "global_step": 0}
+    return {"state_dict": raw, "ema": state, "config": config, "format": FORMAT, "global_step": 0}
 
 
 def build_net(config: dict[str, Any]) -> "nn.Module":

@@ -53,7 +53,7 @@ def read(path: Path) -> Source:
     scheduler = next((p for p in (path / "scheduler" / SCHEDULER, path / SCHEDULER) if p.is_file()), None)
     if scheduler is not None and config is None:
         parts |= diffusers_scheduler.read_scheduler(_json(scheduler), scheduler)
-    return Source(parts, weights, lambda: _state(model, weights, with_none=config is not None), config)
+    return Source(parts, weights, lambda model: _state(model, weights, with_none=config is not None), config)
 
 
 def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:

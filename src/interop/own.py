@@ -28,7 +28,7 @@ def read(path: Path) -> Source:
             f"{path} holds weights and not the network they are of; python -m src.convert makes a run of it, and "
             "python -m src.export format=safetensors writes files that hold both"
         )
-    return Source({"model": config["model"]}, path, lambda: read_tensors(path), config)
+    return Source({"model": config["model"]}, path, lambda model: read_tensors(path), config)
 
 
 def configuration(metadata: dict[str, str]) -> dict[str, Any] | None:

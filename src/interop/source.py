@@ -31,7 +31,7 @@ OPTIONS = {  # of the groups of conf, by the class that they build
     "LogNormal": "log_normal",
     "DDPM": "ddpm",
     "DDIM": "ddim",
-    "EDM": "edm",
+    "Heun": "heun",
     "UNet": "unet",
     "DiT": "dit",
 }
@@ -44,13 +44,13 @@ class Source:
     Attributes:
         parts: the nodes of a configuration that it says: model, and more of schedule, objective, loss, sampler.
         weights: the file that the weights are in.
-        state: reads them, as the state of the network that parts["model"] describes.
+        state: reads them, as the state of the network that a node of conf/model describes.
         config: the whole configuration, where the file holds one.
     """
 
     parts: dict[str, dict[str, Any]]
     weights: Path
-    state: "Callable[[], dict[str, Tensor]]"
+    state: "Callable[[dict[str, Any]], dict[str, Tensor]]"
     config: dict[str, Any] | None = None
 
     def as_run(self) -> dict[str, Any]:
