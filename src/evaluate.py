@@ -89,8 +89,9 @@ def score(config: dict[str, Any], out: Path, group: "Group") -> None:
 
 def _print(name: str, made: dict[str, Any]) -> None:
     """A line a score, as it comes."""
-    error = "" if made["standard_error"] is None else f" +- {made['standard_error']:.4f}"
-    print(f"  {name:24} {made['value']:.4f}{error:12}  {_detail(name, made)}".rstrip(), flush=True)
+    digits = ".4f" if abs(made["value"]) >= 0.01 else ".2e"
+    error = "" if made["standard_error"] is None else f" +- {made['standard_error']:{digits}}"
+    print(f"  {name:24} {made['value']:{digits}}{error:12}  {_detail(name, made)}".rstrip(), flush=True)
 
 
 def _detail(name: str, made: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -60,9 +61,11 @@ def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path
     axes.set_xscale("log")
     if positive:
         axes.set_yscale("log")
-    ticks = sorted({row["evaluations"] for row in rows})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=0 if len(ticks) < 12 else 60)
-    axes.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("evaluations of the network, an image")
     axes.set_ylabel(f"{score} (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
