@@ -29,6 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.devices import claim_gpu
 from src.errors import UserError
+from src.failures import forget_failure, note_failure
 from src.launch import launched, rank, stamp
 from src.overrides import plain_value
 from src.training.units import share
@@ -130,11 +131,18 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         if "seed" in plain:
             check_seed("seed", plain["seed"])
         _check_writable(run_dir)
-        return task(plain, run_dir)
-    except UserError as error:
+        result = task(plain, run_dir)
+    except Exception as error:
         if sweep:
+            note_failure(run_dir, error)
             raise  # the sweep goes on, and ends with this error
+        if not isinstance(error, UserError):
+            raise
         _fail(str(error))
+    else:
+        if sweep:
+            forget_failure()
+        return result
     finally:
         RememberFolders.remove()
 
@@ -215,7 +223,7 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
-    return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
+    return inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides) + argv
 
 
 def _explain(error: BaseException) -> str:
