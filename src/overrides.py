@@ -53,5 +53,5 @@ def same_job(name: str, out: Path) -> list[str]:
     kept = [override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(own)]
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     flags = [text for folder in folders for text in ("--config-dir", folder)]
-    settings = [*kept, *hydra.overrides.task, f"hydra.run.dir={plain_value(str(out.absolute()))}"]
+    settings = [*kept, *hydra.overrides.task, "hydra.mode=RUN", f"hydra.run.dir={plain_value(str(out.absolute()))}"]
     return [sys.executable, "-m", f"src.{name}", *flags, *settings]
