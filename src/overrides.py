@@ -29,7 +29,7 @@ def as_override(key: str, path: Path) -> str:
 
 
 def option(group: str, name: str) -> dict[str, Any]:
-    """What an option of a group holds, conf/<group>/<name>.yaml, where it refers to nothing else.
+    """What an option of a group holds, conf/<group>/<name>.yaml, where it refers to its own group alone.
 
     Raises:
         UserError: when there is no such option.
@@ -41,7 +41,8 @@ def option(group: str, name: str) -> dict[str, Any]:
     if name not in names:
         raise UserError(unknown_key(f"{group}={name}", str(name), names).replace("no setting", "no option"))
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
-    return plain
+    parts = plain.pop("defaults", ["_self_"])
+    return {key: value for part in parts for key, value in (plain if part == "_self_" else option(group, part)).items()}
 
 
 def same_job(name: str, out: Path) -> list[str]:

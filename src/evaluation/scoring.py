@@ -209,6 +209,9 @@ def prepare(config: dict[str, Any], out: Path, group: Group) -> Evaluation:
             evaluation.scorers[name] = scorer
         if not evaluation.scorers:
             raise UserError(f"no score can be had: {'; '.join(evaluation.left_out.values())}")
+        if group.first and features is not None and {*evaluation.scorers} & {*OVER_FEATURES, "accuracy"}:
+            with refusals("features"):
+                features.load()  # what is missing is missed before any sample is drawn
     return evaluation
 
 
