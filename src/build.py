@@ -106,6 +106,8 @@ def locate(target: str, path: str) -> Any:
     Raises:
         UserError: when it cannot be imported.
     """
+    if target == "???":
+        raise UserError(f"{path}._target_ has no value; set it with {path}._target_=<module>.<class>")
     module, _, name = str(target).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

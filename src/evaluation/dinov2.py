@@ -1,5 +1,6 @@
 """DINOv2's features (Oquab et al. 2023), nearer to people's judgement than Inception's (Stein et al. 2023)."""
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ class DinoV2(Features):
             raise ValueError(f"timm has no model={self.model} ({reason(error)})") from error
 
     def _pretrained(self) -> "nn.Module":
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its attempts
         try:
             return self._make(pretrained=True)
         except ValueError:

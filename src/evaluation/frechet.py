@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.threads import in_threads
 
-ROWS = 4096  # vectors that are float64 at a time
+ROWS = 2048  # vectors that are float64 at a time
 COLUMNS = 512  # of the covariance that one thread computes
 CPU = torch.device("cpu")
 

@@ -4,6 +4,7 @@ Distances are exact, in float64, a block of rows at a time and each block in one
 counts that is as far from the centre as the neighbour that sets the radius, up to the rounding of both.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from src.threads import in_threads
 
-ROWS = 512  # whose distances to all others are held at a time
+ROWS = 512  # whose distances to as many others are held at a time
 CPU = torch.device("cpu")
 ROUNDING = 1e-9  # of a squared distance, relative
 SLACK = 1e-12  # of a squared distance, relative to the largest squared norm
@@ -33,37 +34,43 @@ class Members(NamedTuple):
     coverage: Tensor
 
 
-def members(generated: Tensor, real: Tensor, k: int, k_density: int) -> Members:
+def members(
+    generated: Tensor, real: Tensor, k: int, k_density: int, chosen: tuple[Tensor, Tensor] | None = None
+) -> Members:
     """Compares two sets of features, (N, D) and (M, D).
 
     Args:
         k: a ball of precision and recall reaches to its centre's k-th neighbour in the same set.
         k_density: the same for density and coverage.
+        chosen: which vectors of each to look at, (N,) and (M,) int64; None for all.
 
     Raises:
         ValueError: for a set that has no k neighbours for each point.
     """
+    centre = real[:ROWS].double().mean(0)  # wherever it is, it only keeps squares small
+    x = _Points(generated, centre, None if chosen is None else chosen[0])
+    y = _Points(real, centre, None if chosen is None else chosen[1])
     most = max(k, k_density)
-    if min(len(generated), len(real)) <= most:
-        raise ValueError(f"sets of {len(generated)} and {len(real)} points do not have {most} neighbours for each")
-    centre = real.double().mean(0)
-    x, y = generated.double() - centre, real.double() - centre
-    slack = SLACK * float(max(x.square().sum(1).max(), y.square().sum(1).max()))
-    wide_x = _radii(x, [k])[0] * (1 + ROUNDING) + slack
-    wide_y, wide_y_density = (r * (1 + ROUNDING) + slack for r in _radii(y, [k, k_density]))
+    if min(x.number, y.number) <= most:
+        raise ValueError(f"sets of {x.number} and {y.number} points do not have {most} neighbours for each")
+    slack = SLACK * max(x.largest_norm(), y.largest_norm())
+    wide_x = x.radii([k])[0] * (1 + ROUNDING) + slack
+    wide_y, wide_y_density = (r * (1 + ROUNDING) + slack for r in y.radii([k, k_density]))
 
-    def look(rows: Tensor, _: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        squares = _squares(x[rows], y)
-        near = squares <= wide_y_density
-        return (
-            (squares <= wide_y).any(1),
-            (squares <= wide_x[rows, None]).any(0),
-            near.sum(1).double() / k_density,
-            near.any(0),
-        )
+    def look(rows: slice, _: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own = x.block(rows)
+        within, density = torch.zeros(len(own), dtype=torch.bool), torch.zeros(len(own), dtype=torch.float64)
+        recalled, covered = torch.zeros(2, y.number, dtype=torch.bool)
+        for columns in y.blocks:
+            squares = _squares(own, y.block(columns))
+            near = squares <= wide_y_density[columns]
+            within |= (squares <= wide_y[columns]).any(1)
+            density += near.sum(1) / k_density
+            recalled[columns] = (squares <= wide_x[rows, None]).any(0)
+            covered[columns] = near.any(0)
+        return within, recalled, density, covered
 
-    parts = in_threads(look, torch.arange(len(x)).split(ROWS), CPU)
-    precision, recall, density, coverage = zip(*parts, strict=True)
+    precision, recall, density, coverage = zip(*in_threads(look, x.blocks, CPU), strict=True)
     return Members(
         torch.cat(precision).double(),
         torch.stack(recall).any(0).double(),
@@ -72,18 +79,41 @@ def members(generated: Tensor, real: Tensor, k: int, k_density: int) -> Members:
     )
 
 
-def _radii(x: Tensor, ks: list[int]) -> list[Tensor]:
-    """For each k the squared distance, (N,), of each point to its k-th neighbour; it is not its own neighbour."""
+class _Points:
+    """Some vectors of a set less a centre, of which only blocks are ever float64."""
 
-    def nearest(rows: Tensor, _: object) -> Tensor:
-        squares = _squares(x[rows], x)
-        squares[torch.arange(len(rows)), rows] = -1.0  # itself comes first, whoever else is there
-        return squares.topk(max(ks) + 1, dim=1, largest=False).values
+    def __init__(self, x: Tensor, centre: Tensor, chosen: Tensor | None) -> None:
+        self.x, self.centre = x, centre
+        self.chosen = torch.arange(len(x)) if chosen is None else chosen
+        self.number = len(self.chosen)
+        self.blocks = [slice(low, min(low + ROWS, self.number)) for low in range(0, self.number, ROWS)]
 
-    found = torch.cat(in_threads(nearest, torch.arange(len(x)).split(ROWS), CPU))
-    return [found[:, k] for k in ks]
+    def block(self, rows: slice) -> Tensor:
+        return self.x[self.chosen[rows]].double().sub_(self.centre)
+
+    def largest_norm(self) -> float:
+        """The square of it."""
+        return max(float(self.block(rows).square_().sum(1).max()) for rows in self.blocks)
+
+    def radii(self, ks: list[int]) -> list[Tensor]:
+        """For each k the squared distance, (N,), of each point to its k-th neighbour; it is not its own neighbour."""
+
+        def nearest(rows: slice, _: object) -> Tensor:
+            own = self.block(rows)
+            found = torch.empty(len(own), 0, dtype=torch.float64)
+            for columns in self.blocks:
+                squares = _squares(own, self.block(columns))
+                if columns == rows:
+                    squares.fill_diagonal_(math.inf)
+                found = torch.cat([found, squares], 1)
+                found = found.topk(min(max(ks), found.shape[1]), dim=1, largest=False).values
+            return found
+
+        nearby = torch.cat(in_threads(nearest, self.blocks, CPU))
+        return [nearby[:, k - 1] for k in ks]
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances, (n, m)."""
-    return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    products = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
+    return products.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)

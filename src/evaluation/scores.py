@@ -299,28 +299,35 @@ class PrecisionRecall:
     def __call__(self, generated: Extracted, reference: Reference) -> dict[str, Score]:
         _check(generated.features, reference.features.shape[1], reference.name)
         self._refuse(len(generated.features), len(reference.features), reference.name)
-        x, y = self._drawn(generated.features, 1), self._drawn(reference.features, 2)
-        found = members(x, y, self.neighbours, self.density_neighbours)
+        x, y = generated.features, reference.features
+        chosen = self._drawn(len(x), 1), self._drawn(len(y), 2)
+        found = members(x, y, self.neighbours, self.density_neighbours, chosen)
         ks = (self.neighbours, self.neighbours, self.density_neighbours, self.density_neighbours)
         scores = {}
         for name, points, k in zip(self.names(reference.name), found, ks, strict=True):
-            details = {"neighbours": k, "samples": len(x), "reference_images": len(y), "seed": self.seed}
+            details = {
+                "neighbours": k,
+                "samples": len(chosen[0]),
+                "reference_images": len(chosen[1]),
+                "seed": self.seed,
+            }
             error = float(points.std() / len(points) ** 0.5)
             scores[name] = Score(float(points.mean()), error, "higher", details)
         return scores
 
-    def _drawn(self, x: Tensor, series: int) -> Tensor:
-        if len(x) <= self.limit:
-            return x
-        order = torch.randperm(len(x), generator=generator(mix(self.seed, 0x9E16, series), 0))
-        return x[order[: self.limit].sort().values]
+    def _drawn(self, n: int, series: int) -> Tensor:
+        """The numbers of those that are looked at."""
+        if n <= self.limit:
+            return torch.arange(n)
+        order = torch.randperm(n, generator=generator(mix(self.seed, 0x9E16, series), 0))
+        return order[: self.limit].sort().values
 
 
 def _inception_score(logits: Tensor) -> float:
     log_p = logits.double().log_softmax(1)
     p = log_p.exp()
     log_q = p.mean(0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny).log()  # p log 0 is 0
-    return float((p * (log_p - log_q)).sum(1).mean().exp())
+    return float(log_p.sub_(log_q).mul_(p).sum(1).mean().exp())
 
 
 def _lacks(score: str, what: str, features: str) -> str:

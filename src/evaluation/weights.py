@@ -56,7 +56,7 @@ def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, kin
     if lacking or foreign:
         parts = [f"lacks {_names(lacking)}"] if lacking else []
         parts += [f"has {_names(foreign)}"] if foreign else []
-        raise UserError(f"{path} does not hold weights of {kind}: it {' and '.join(parts)}; use the right file")
+        raise UserError(f"{path} does not hold weights of {kind}: it {', and '.join(parts)}; use the right file")
     if other:
         key = other[0]
         raise UserError(
