@@ -29,6 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.devices import claim_gpu
 from src.errors import UserError
+from src.failures import forget_failure, note_failure
 from src.launch import launched, rank, stamp
 from src.overrides import plain_value
 from src.training.units import share
@@ -41,7 +42,12 @@ def _options(*groups: str) -> str:
     hidden = ("hydra", *(group.removeprefix("-") for group in groups if group.startswith("-")))
     names = [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and path.name not in hidden]
     chosen = [name for name in names if name in groups] or names
-    return "\n".join(f"{name}: {', '.join(sorted(p.stem for p in (CONF / name).glob('*.yaml')))}" for name in chosen)
+    return "\n".join(f"{name}: {', '.join(options(name))}" for name in chosen)
+
+
+def options(group: str) -> list[str]:
+    """The options of a group, those in folders of it by their path: lessons/schedule."""
+    return sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
 
 
 def _register_stamp(resumes: bool = False) -> None:
@@ -76,7 +82,7 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         try:
             flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
             others = [argument for argument in sys.argv[1:] if argument not in flags]
-            if flags:
+            if flags or _says_sweep(others):
                 _refuse_a_sweep_of_each_process()
                 _register_plugins()
                 others += _one_sweep_folder(others)
@@ -125,13 +131,32 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         if "seed" in plain:
             check_seed("seed", plain["seed"])
         _check_writable(run_dir)
-        return task(plain, run_dir)
-    except UserError as error:
+        result = task(plain, run_dir)
+    except Exception as error:
         if sweep:
+            note_failure(run_dir, error)
             raise  # the sweep goes on, and ends with this error
+        if not isinstance(error, UserError):
+            raise
         _fail(str(error))
+    else:
+        if sweep:
+            forget_failure()
+        return result
     finally:
         RememberFolders.remove()
+
+
+def _says_sweep(arguments: list[str]) -> bool:
+    """Whether a sweep is asked for without -m: by hydra.mode of the command line, or of the file of the experiment."""
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if "hydra.mode" in settings:
+        return settings["hydra.mode"] == RunMode.MULTIRUN.name
+    for folder in (settings.get("--config-dir"), CONF):
+        path = Path(folder or CONF, "experiment", f"{settings.get('experiment')}.yaml")
+        if path.is_file():
+            return OmegaConf.select(OmegaConf.load(path), "hydra.mode") == RunMode.MULTIRUN.name
+    return False
 
 
 def _register_plugins() -> None:
@@ -198,14 +223,16 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
-    return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
+    return inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides) + argv
 
 
 def _explain(error: BaseException) -> str:
     """One sentence for what Hydra or OmegaConf refused."""
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        names = [str(name).removesuffix(".yaml") for name in error.options]
+        folder, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, _, below = folder.partition("/") if not folder.startswith("hydra") else (folder, "", "")
+        option = f"{below}/{option}" if below else option
+        names = sorted({*(str(name).removesuffix(".yaml") for name in error.options if not below), *options(group)})
         return unknown_key(f"{group}={option}", option, names).replace("there is no setting", "there is no option")
     cause = error
     while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError | UserError):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src.build import unknown_key
+from src.errors import UserError
+
 
 def plain_value(value: Any) -> str:
     """A value as Hydra's override grammar reads it."""
@@ -25,6 +28,23 @@ def as_override(key: str, path: Path) -> str:
     return shlex.quote(f"{key}={plain_value(text)}")
 
 
+def option(group: str, name: str) -> dict[str, Any]:
+    """What an option of a group holds, conf/<group>/<name>.yaml, where it refers to its own group alone.
+
+    Raises:
+        UserError: when there is no such option.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(__file__).resolve().parents[1] / "conf" / group
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(unknown_key(f"{group}={name}", str(name), names).replace("no setting", "no option"))
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
+    parts = plain.pop("defaults", ["_self_"])
+    return {key: value for part in parts for key, value in (plain if part == "_self_" else option(group, part)).items()}
+
+
 def same_job(name: str, out: Path) -> list[str]:
     """The command line of the job that Hydra runs now, also one of a sweep, as a single job in the folder `out`."""
     from hydra.core.hydra_config import HydraConfig
@@ -34,5 +54,5 @@ def same_job(name: str, out: Path) -> list[str]:
     kept = [override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(own)]
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     flags = [text for folder in folders for text in ("--config-dir", folder)]
-    settings = [*kept, *hydra.overrides.task, f"hydra.run.dir={plain_value(str(out.absolute()))}"]
+    settings = [*kept, *hydra.overrides.task, "hydra.mode=RUN", f"hydra.run.dir={plain_value(str(out.absolute()))}"]
     return [sys.executable, "-m", f"src.{name}", *flags, *settings]

@@ -78,8 +78,8 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
-    """A continued run starts from the overrides that it was started with, in its own folder."""
-    return [*run["overrides"], f"hydra.run.dir={plain_value(run['run_dir'])}"]
+    """A continued run starts from the overrides that it was started with, in its own folder, and alone."""
+    return [*run["overrides"], "hydra.mode=RUN", f"hydra.run.dir={plain_value(run['run_dir'])}"]
 
 
 main = command("train", TrainConfig, train, inherit)

@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     value: float
     standard_error: float | None
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher"] | None
     details: dict[str, Any]
 
 

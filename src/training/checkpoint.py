@@ -12,13 +12,16 @@ from src.files import shown
 from src.overrides import as_override
 from src.runs import BEST, FORMAT, LAST
 from src.training.guard import Guard
+from src.training.score import SampleScore
 from src.training.stop import Stop
 from src.training.units import Steps
 from src.training.writer import CheckpointWriter
 
+VALIDATION = "val/loss_ema"
+
 
 class Checkpoint(Callback):
-    """Keeps checkpoints/last.ckpt, every so many steps and at the end, previous.ckpt, and best.ckpt, by val/loss_ema.
+    """Keeps checkpoints/last.ckpt, every so many steps and at the end, previous.ckpt, and best.ckpt, by `monitor`.
 
     It is the last of the callbacks: what the others do after a step is in the checkpoint of that step.
 
@@ -30,13 +33,12 @@ class Checkpoint(Callback):
         writer: writes the files.
         every_n_steps: optimiser steps between two saves of last.ckpt.
         keep_every_n_steps: steps between two saves of checkpoints/step=<n>.ckpt, which stay; None for none.
+        monitor: the metric whose smallest value is the best: val/loss_ema, or that of callbacks.score.
         on_failure: what follows when a file cannot be written, as on a full disk: training stops, or goes on without.
 
     Raises:
         ValueError: when a number is less than 1.
     """
-
-    MONITOR = "val/loss_ema"
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Checkpoint(Callback):
         writer: CheckpointWriter,
         every_n_steps: Steps = 1000,
         keep_every_n_steps: Steps | None = None,
+        monitor: str = VALIDATION,
         on_failure: Literal["stop", "continue"] = "stop",
     ) -> None:
         if every_n_steps < 1:
@@ -60,6 +63,7 @@ class Checkpoint(Callback):
         self.writer = writer
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self.monitor = monitor
         self.on_failure = on_failure
         self.best = float("inf")
         self._best_on_disk = float("inf")
@@ -77,19 +81,14 @@ class Checkpoint(Callback):
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch
         validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
-        if not validation_follows and (names := self._due(trainer.global_step)):
+        if not validation_follows and (names := self._due(trainer.global_step) + self._best(trainer)):
             self._settle()
             self._save(trainer, names)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what is due at the step after its validation, so that it knows the best so far."""
         self._settle()  # training waits for the save before; it may have been the best
-        names = self._due(trainer.global_step)
-        loss = float(trainer.callback_metrics[self.MONITOR])
-        if loss < self.best:
-            self.best = loss
-            names.append(BEST)
-        self._save(trainer, names)
+        self._save(trainer, self._due(trainer.global_step) + self._best(trainer, validated=True))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_at_the_end(trainer)
@@ -97,6 +96,16 @@ class Checkpoint(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with suppress(UserError):  # something else has gone wrong before, and is being said
             self._settle()
+
+    def _best(self, trainer: Trainer, validated: bool = False) -> list[Path]:
+        """BEST, when the metric that is monitored is new at this step, and the smallest so far."""
+        scores = [c for c in trainer.callbacks if isinstance(c, SampleScore)]  # type: ignore[attr-defined]
+        new = validated if self.monitor == VALIDATION else scores[0].scored_step == trainer.global_step
+        value = float(trainer.callback_metrics[self.monitor]) if new else float("inf")
+        if value >= self.best:
+            return []
+        self.best = value
+        return [BEST]
 
     def _due(self, step: int) -> list[Path]:
         names = [LAST] if step % self.every_n_steps == 0 and step != self._saved_step else []

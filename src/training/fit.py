@@ -29,6 +29,8 @@ from src.processes import meet, share_cores
 from src.randomness import another
 from src.runs import CONFIG, LAST, SUMMARY, Run, build_net, check_architecture, image_shape, net_state
 from src.start import start
+from src.training.checkpoint import VALIDATION
+from src.training.ending import explained
 from src.training.guard import Diverged, Guard
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
@@ -268,8 +270,16 @@ def _build_callbacks(config: dict[str, Any], run_dir: Path, checkpoint: dict[str
         "ema": {"run_dir": run_dir},
         "checkpoint": {"run_dir": run_dir, **checkpoint},
         "samples": {"run_dir": run_dir, "image_shape": image_shape(config)},
+        "score": {"image_shape": image_shape(config)},
     }
-    return {name: build(node, f"callbacks.{name}", **runtime.get(name, {})) for name, node in nodes.items()}
+    callbacks = {name: build(node, f"callbacks.{name}", **runtime.get(name, {})) for name, node in nodes.items()}
+    monitor, score = callbacks["checkpoint"].monitor, callbacks.get("score")
+    if monitor not in (VALIDATION, score and score.name):
+        with_score = f", or {score.name}" if score else ", or add callbacks=scored, whose score it may be"
+        raise UserError(
+            f"callbacks.checkpoint.monitor={monitor} is not computed in this run; choose {VALIDATION}{with_score}"
+        )
+    return callbacks
 
 
 def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
@@ -322,7 +332,8 @@ def _claimed(run_dir: Path, config: dict[str, Any], continued: bool) -> Iterator
             (run_dir / LAST).parent.mkdir(exist_ok=True)  # fails now, where something else has the name
         except OSError as error:
             raise _unwritable(run_dir, error) from error
-        yield
+        with explained(run_dir):
+            yield
     finally:
         lock.release()
 

@@ -46,3 +46,18 @@ class Lock:
         """Takes the file away and lets go."""
         self.path.unlink(missing_ok=True)
         os.close(self._file)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process trains in the folder; looks only, and leaves no lock or file."""
+    try:
+        file = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:  # nobody does, or it cannot be known
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False

@@ -25,8 +25,8 @@ class TrainMetrics(Callback):
 
     Columns under `system/`: `memory_bytes`, see `hardware.memory_bytes`; `peak_share`, the operations of forward and
     backward passes (three forward passes' worth) a second over what the devices' matrix multiplications reach, measured
-    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint. Trackers also get the loss by
-    noise level.
+    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint; `wall_seconds` since the run
+    began. `train/loss_by_level/<i>` is the mean loss in bin i of `by_level.BINS`, of which trackers get a histogram.
 
     Args:
         every_n_steps: optimiser steps between two rows.
@@ -134,6 +134,7 @@ class TrainMetrics(Callback):
             "images_per_second": self.images_per_second,
             "system/memory_bytes": memory_bytes(trainer.strategy.root_device),
             "system/peak_share": self.images_per_second / self._peak_images_per_second,
+            "system/wall_seconds": self.wall_seconds,
             "train/skipped": float(pl_module.guard.skipped),
         }
         writer: Any = trainer.strategy.checkpoint_io
@@ -141,8 +142,11 @@ class TrainMetrics(Callback):
             metrics["system/checkpoint_seconds"] = writer.last_seconds
             metrics["system/checkpoint_bytes"] = float(writer.last_bytes)
         losses, counts = sums[2:].reshape(2, BINS).cpu()
+        bins = zip(losses.tolist(), counts.tolist(), strict=True)
+        levels = {f"train/loss_by_level/{i:02}": loss / n for i, (loss, n) in enumerate(bins) if n}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            row = {**metrics, **levels} if isinstance(logger, MetricsCSV) else metrics
+            logger.log_metrics(row, step=trainer.global_step)
             if counts.any():
                 log_histogram(logger, "train/loss_by_level", losses / counts.clamp(min=1), trainer.global_step)
 

@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from src.errors import UserError
+from src.runs import PRUNED
 
 PRUNED_AT = "pruned_at"  # what a trial knows of it
 
@@ -57,7 +58,7 @@ class Prune(Callback):
         self._trial.set_user_attr(PRUNED_AT, step)
         sentence = f"pruned at step {step}: {self.metric} {value:.6g} is too far behind other trials of the search"
         print(sentence, flush=True)
-        Path(trainer.default_root_dir, "pruned.txt").write_text(sentence + "\n")
+        Path(trainer.default_root_dir, PRUNED).write_text(sentence + "\n")
         return True
 
     def _running_trial(self, number: int) -> Any:

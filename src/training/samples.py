@@ -6,17 +6,12 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from src.diffusion.samplers import Sampler, generate
+from src.diffusion.samplers import Sampler
 from src.files import tolerated
-from src.pictures import enlarge, grid, save_png, to_uint8
-from src.processes import Group
-from src.runs import cycled_labels
-from src.threads import Tick, cut, in_threads, share_out, untold
+from src.pictures import enlarge, grid, save_png
+from src.training.drawing import draw_samples
 from src.training.loggers import log_image
-from src.training.metrics import TrainMetrics
-from src.training.sharding import Sharded
 from src.training.units import Steps
 
 
@@ -61,12 +56,7 @@ class SampleGrid(Callback):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        TrainMetrics.pause_all(trainer)
-        training = pl_module.training
-        pl_module.eval()
-        with pl_module.ema.swapped():  # type: ignore[operator,union-attr]
-            images = self._images(trainer, pl_module)
-        pl_module.train(training)
+        images = draw_samples(trainer, pl_module, self.sampler, self.image_shape, self.num_samples, self.batch_size)
         if not images:
             return
         picture = grid(torch.cat(images))
@@ -76,30 +66,3 @@ class SampleGrid(Callback):
             save_png(picture, folder / f"step={trainer.global_step}.png", enlarge(self.image_shape[1]))
         for logger in trainer.loggers:
             log_image(logger, "samples", picture, trainer.global_step)
-
-    def _images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
-        """Batches of uint8 images, (B, C, H, W) on the CPU, a share of them from each rank; in ranks above 0 none.
-
-        Of a sharded network all ranks draw all: it computes only when each asks it for as much.
-        """
-        diffusion: Any = module.diffusion
-        net: Any = module.net
-        device = module.device
-
-        def sample(indices: range, tick: Tick) -> Tensor:
-            denoise = diffusion.denoiser(net, cycled_labels(net, indices, device))
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                x = torch.empty(0)
-                for step in generate(denoise, self.sampler, diffusion.schedule, self.image_shape, 0, indices, device):
-                    x = step.x
-                    tick(len(indices))
-            return to_uint8(x).cpu()
-
-        if isinstance(trainer.strategy, Sharded):
-            images = [sample(indices, untold) for indices in cut(self.num_samples, self.batch_size)]
-            return images if trainer.is_global_zero else []
-        group = Group(trainer.global_rank, trainer.world_size)
-        own = group.share(share_out(self.num_samples, self.batch_size, self.image_shape, device, group))
-        if getattr(net, "_compiled_call_impl", None) is not None:  # threads cannot compile at the same time
-            return group.gather([sample(indices, untold) for indices in own])
-        return group.gather(in_threads(sample, own, device))

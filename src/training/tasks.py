@@ -70,8 +70,9 @@ class Diffusion:
 
     def check_callbacks(self, net: nn.Module, callbacks: dict[str, Any]) -> None:
         samplers = {"sampler": build(self.config["sampler"], "sampler")}
-        if "samples" in callbacks:
-            samplers["callbacks.samples"] = callbacks["samples"].sampler
+        for name in ("samples", "score"):
+            if name in callbacks:
+                samplers[f"callbacks.{name}"] = callbacks[name].sampler
         for path, sampler in samplers.items():
             with refusals(path):
                 sampler.path(self.diffusion.schedule)
@@ -127,8 +128,9 @@ class Classify:
             )
 
     def check_callbacks(self, net: nn.Module, callbacks: dict[str, Any]) -> None:
-        if "samples" in callbacks:
-            raise UserError("callbacks.samples draws images, which a classifier does not make; set it to null")
+        for name in ("samples", "score"):
+            if name in callbacks:
+                raise UserError(f"callbacks.{name} draws images, which a classifier does not make; set it to null")
 
     def check_data(self, net: nn.Module, data: ImageDataModule) -> None:
         num_classes: Any = net.num_classes
