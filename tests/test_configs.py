@@ -16,7 +16,7 @@ from src.train import TrainConfig
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
-NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance")
+NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance", "features", "task")
 
 
 def configuration(*overrides: str) -> dict:
@@ -32,10 +32,12 @@ def test_every_experiment_passes_the_schema_and_builds(experiment):
     config = configuration(f"experiment={experiment}")
     check_arguments(TrainConfig, config, "")
     check(config, "")
-    build_net(config)
-    diffusion = build_diffusion(config)
-    for sampler in (config["sampler"], config["callbacks"]["samples"]["sampler"]):
-        build(sampler, "sampler").path(diffusion.schedule)
+    net = build_net(config)
+    build(config["task"], "task", config=config).check(net)
+    if config["schedule"] is not None:
+        diffusion = build_diffusion(config)
+        for sampler in (config["sampler"], config["callbacks"]["samples"]["sampler"]):
+            build(sampler, "sampler").path(diffusion.schedule)
     for part in ("optimizer", "lr_schedule", "data"):
         build(config[part], part)
 
