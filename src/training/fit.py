@@ -32,6 +32,7 @@ from src.randomness import another
 from src.runs import CONFIG, LAST, SUMMARY, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
 from src.start import start
 from src.training.guard import Diverged, Guard
+from src.training.init import initialize
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
@@ -159,6 +160,8 @@ def _assemble(
     diffusion = build_diffusion(config)
     torch.manual_seed(config["seed"])
     net = build_net(config)
+    if config.get("init_from") is not None and resume is None:
+        initialize(net, config)
     if not 0 <= config["label_dropout"] < 1:
         raise UserError(f"label_dropout={config['label_dropout']} must lie in [0, 1)")
     if config["offset_noise"] < 0:
