@@ -20,6 +20,7 @@ class TrainConfig:
     offset_noise: float
     run: str | None
     resume: Literal["auto"] | None
+    init_from: str | None
     metric: Literal["val/loss_ema"] | None
     overrides: list[str]
     choices: dict
@@ -43,6 +44,7 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     """Trains in `run_dir`, or continues the run that config["run"] names in its own folder.
 
     With resume=auto, a run that `run_dir` holds already is continued: the same command, started again, goes on.
+    With init_from, a new run begins with the weights of another, and with its network, schedule, objective and loss.
 
     Returns:
         val/loss_ema at the end: the number that a sweep compares.
@@ -53,6 +55,7 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from src.files import shown
     from src.runs import CONFIG
     from src.training.fit import fit
+    from src.training.init import adopted
     from src.training.stop import Stopped
 
     config["choices"] = {k: v for k, v in config["choices"].items() if not k.startswith("hydra/")}
@@ -63,6 +66,8 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
             config["run"] = str(run_dir)
         elif not any(o.startswith("hydra.") for o in hydra.overrides.hydra) and not is_named():
             print("note: resume=auto finds nothing in a new folder; name one with hydra.run.dir=<folder>", flush=True)
+    if config["init_from"] is not None and config["run"] is None:
+        config = adopted(config)
     try:
         return fit(config, run_dir, sweep=Path(hydra.sweep.dir).name if sweep else None)
     except Stopped as stopped:

@@ -143,7 +143,7 @@ class DiT(nn.Module):
         channels_last = is_channels_last(x)
         c = self.time_embedding(t)
         if self.label_embedding is not None:
-            c = c + self.label_embedding(y, len(x))
+            c = c + self.label_embedding(y, x.shape[0])
         c = F.silu(c)
         B, C, H, W = x.shape
         p = self.patch_size

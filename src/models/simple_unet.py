@@ -84,7 +84,7 @@ class SimpleUNet(nn.Module):
         if not self.time_conditioning:
             time = torch.zeros_like(time)
         if self.label_embedding is not None:
-            time = time + self.label_embedding(y, len(x))
+            time = time + self.label_embedding(y, x.shape[0])
         skips = []
         for block in self.encoder:
             x = block(x, time)

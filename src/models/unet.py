@@ -198,11 +198,11 @@ class UNet(nn.Module):
         sinusoids, *layers = self.time_embedding
         time = sinusoids(t)
         if self.label_embedding is not None and self.early_labels:
-            time = time + self.label_embedding(y, len(t))
+            time = time + self.label_embedding(y, t.shape[0])
         for layer in layers:
             time = layer(time)
         if self.label_embedding is not None and not self.early_labels:
-            time = time + self.label_embedding(y, len(t))
+            time = time + self.label_embedding(y, t.shape[0])
         return F.silu(time)
 
     def _call(self, layer: nn.Module, *inputs: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from src.start import start
 from src.training.checkpoint import VALIDATION
 from src.training.ending import explained
 from src.training.guard import Diverged, Guard
+from src.training.init import initialize
 from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
@@ -162,6 +163,8 @@ def _assemble(
     torch.manual_seed(config["seed"])
     net = build_net(config)
     task.check(net)
+    if config.get("init_from") is not None and resume is None:
+        initialize(net, config)
     stop, writer = Stop(), CheckpointWriter()
     guard: Guard = diverged or build(config["callbacks"]["guard"], "callbacks.guard")
     if diverged is None and resume is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from src.errors import UserError
 from src.files import shown
 from src.launch import rank
+from src.overrides import as_override
 from src.runs import FORMAT, Run
 
 # What may change when a run is continued; everything else is the experiment.
@@ -32,12 +33,15 @@ def resume_point(run: Run) -> dict[str, Any] | None:
     Raises:
         UserError: when there is none that can be continued from.
     """
-    if not run.in_folder:
-        raise UserError(f"{run.checkpoint} is not in a run's folder, which is what can be continued; give run=<folder>")
     checkpoint = run.load_newest()
     if checkpoint is None:
         say(f"{shown(run.folder)} has no checkpoint yet: starting again at step 0")
         return None
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"{run.checkpoint} holds weights that no training here made, and nothing to go on from; begin a new run "
+            f"with them: {as_override('init_from', shown(run.folder))}"
+        )
     if checkpoint["format"] < FORMAT:
         raise UserError(
             f"{run.checkpoint} was written by an older version, whose order of images this one does not know; sample "
@@ -50,8 +54,13 @@ def continued(config: dict[str, Any], run: Run) -> tuple[dict[str, Any], list[st
     """The configuration of a continued run: its own, with what the user changes now; and lines that say what that is.
 
     Raises:
-        UserError: when the user changes what would make it another experiment.
+        UserError: when it is no run's folder, or the user changes what would make it another experiment.
     """
+    if not run.in_folder:
+        raise UserError(
+            f"{run.checkpoint} is not in a run's folder, which is what can be continued; give run=<folder>, or begin a "
+            "new run with its weights: init_from=<it>"
+        )
     saved = run.config
     started_with = saved["overrides"]
     inherited = config["overrides"][: len(started_with)] == started_with
