@@ -1,16 +1,10 @@
-"""What the tests of faults share: runs in processes of their own, and callbacks that do the harm from inside.
-
-A process is forked from a server that has imported everything, so that a run that is to be killed begins at once.
-"""
+"""What the tests of faults share: how far a run came, and callbacks that do the harm from inside."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +14,6 @@ from lightning.pytorch.callbacks import Callback
 
 from src.training.sharding import local
 from tests.helpers import rows
-
-ROOT = Path(__file__).resolve().parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["src.training.fit", "hydra", "tests.faults"])
-
-
-def _run(arguments: list[str], output: Path) -> None:
-    """In the new process: `python -m src.train <arguments>`, one thread, all output into a file."""
-    os.setsid()
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["src.train", *arguments]
-    torch.set_num_threads(1)
-    from src.train import main
-
-    main()
-
-
-def start(*arguments: str, output: Path) -> ForkServerProcess:
-    """A training in a process of its own."""
-    process = SERVER.Process(target=_run, args=(list(arguments), output))
-    process.start()
-    return process
-
-
-def finish(*arguments: str, output: Path, timeout: float = 300) -> int:
-    """Trains to the end; the exit code, negative for a signal."""
-    process = start(*arguments, output=output)
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"no end after {timeout} s: {output.read_text()[-2000:]}")
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def wait_for(condition: Callable[[], bool], process: ForkServerProcess, timeout: float = 120) -> None:
-    """Until the condition holds, or the process has ended."""
-    deadline = time.monotonic() + timeout
-    while not condition() and process.is_alive():
-        if time.monotonic() > deadline:
-            process.kill()
-            raise TimeoutError("what was waited for did not come")
-        time.sleep(0.002)
 
 
 def steps_logged(run: Path) -> int:

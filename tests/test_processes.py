@@ -1,7 +1,7 @@
 """Several processes that do one job: what a launcher tells them, and how all end when one fails."""
 
 import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,89 +9,90 @@ from pathlib import Path
 import pytest
 import torch
 
+import src.start
 from src.errors import UserError
 from src.processes import ALONE, Group, count, joined, on_devices
 from src.start import start
+from tests.warm import call, join, running, wait_for
 
-ROOT = Path(__file__).resolve().parents[1]
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-WORK = """
-import os, signal, time
-from src.errors import UserError
-from src.processes import joined
-with joined() as group:
-    with group.agreement():
-        {failure}
-    print(group.gather([f"{{k}} of {{group.rank}}" for k in group.share(range(7))]))
-"""
+
+
+def main() -> None:
+    """One of three processes: hands out seven items, among them a failure of the kind that the command line names."""
+    (failure,) = sys.argv[1:]
+    with joined() as group:
+        with group.agreement():
+            if failure == "error" and group.rank == 2:
+                raise UserError("the third is broken")
+            if failure == "crash" and group.rank == 1:
+                [][0]
+            if failure == "kill" and group.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if failure in ("kill", "sleep"):
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+        print(group.gather([f"{k} of {group.rank}" for k in group.share(range(7))]))
+
+
+def start_three(failure: str, ended: Path) -> None:
+    """In a process of its own, which is killed when it does not end."""
+    if failure == "kill":
+        src.start.GRACE = 1.0
+    try:
+        start([sys.executable, "-m", __name__, failure], 3)
+    except (UserError, SystemExit) as error:
+        ended.write_text(f"{type(error).__name__}: {error}")
 
 
 @pytest.fixture
-def several(capfd):
-    """Runs WORK in three processes of one group, with what is to fail, and returns how that ended."""
+def several(tmp_path):
+    """Runs `main` in three processes of one group, with what is to fail: how that ended, and what was printed."""
 
-    def run(failure: str = "pass") -> tuple[object, str, str]:
-        before, there = Path.cwd(), ROOT
-        os.chdir(there)
-        capfd.readouterr()
-        ended: object = None
-        try:
-            start([sys.executable, "-c", WORK.format(failure=failure)], 3)
-        except (UserError, SystemExit) as error:
-            ended = error
-        finally:
-            os.chdir(before)
-        return ended, *capfd.readouterr()
+    def run(failure: str = "nothing") -> tuple[str, str]:
+        ended, output = tmp_path / "ended", tmp_path / "output"
+        process = call(start_three, failure, ended, output=output)
+        join(process, output, timeout=60)
+        assert process.exitcode == 0, output.read_text()
+        return ended.read_text() if ended.exists() else "", output.read_text()
 
     return run
 
 
 def test_what_all_have_made_comes_to_the_first_in_order(several):
-    ended, out, err = several()
-    assert (ended, err) == (None, "")
-    assert out == "['0 of 0', '1 of 1', '2 of 2', '3 of 0', '4 of 1', '5 of 2', '6 of 0']\n"
+    made = "['0 of 0', '1 of 1', '2 of 2', '3 of 0', '4 of 1', '5 of 2', '6 of 0']\n"
+    assert several() == ("", made)
 
 
 def test_an_error_of_one_is_the_error_of_all_and_told_once(several):
-    ended, out, err = several("if group.rank == 2: raise UserError('the third is broken')")
-    assert isinstance(ended, UserError)
-    assert str(ended) == "the third is broken"
-    assert (out, err) == ("", "")
+    assert several("error") == ("UserError: the third is broken", "")
 
 
 def test_a_crash_of_one_ends_all_and_shows_its_traceback(several):
-    ended, out, err = several("if group.rank == 1: [][0]")
-    assert isinstance(ended, SystemExit)
-    assert ended.code == 1
-    assert err.count("IndexError: list index out of range") == 1
-    assert out == ""
+    ended, output = several("crash")
+    assert ended == "SystemExit: 1"
+    assert output.count("IndexError: list index out of range") == 1
+    assert output.startswith("Traceback")
 
 
 def test_one_that_is_killed_ends_all(several):
-    began = time.monotonic()
-    ended, _, _ = several(
-        "if group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n        import time; time.sleep(60)"
-    )
-    assert time.monotonic() - began < 40
-    assert isinstance(ended, UserError)
-    assert "process 1 of 3 was ended by signal 9 (Killed)" in str(ended)
+    """The others have a second here, and would sleep for a minute."""
+    ended, _ = several("kill")
+    assert ended.startswith("UserError: process 1 of 3 was ended by signal 9 (Killed)")
 
 
-def test_all_end_with_the_process_that_started_them():
-    sleeper = "import os, time; from src.processes import joined\n"
-    sleeper += "with joined() as group: print(os.getpid(), flush=True); time.sleep(60)"
-    script = f"import sys; from src.start import start; start([sys.executable, '-c', {sleeper!r}], 2)"
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    first = parent.stdout.readline().strip()
-    parent.kill()
-    parent.wait()
-    for _ in range(100):
-        state = subprocess.run(["ps", "-o", "stat=", "-p", first], capture_output=True, text=True).stdout
-        if not state.strip() or state.startswith("Z"):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the first process has outlived its parent")
+def test_all_end_with_the_process_that_started_them(tmp_path):
+    output = tmp_path / "output"
+    process = call(start_three, "sleep", tmp_path / "ended", output=output)
+    wait_for(lambda: output.exists() and output.read_text().endswith("\n"), process)
+    first = int(output.read_text())
+    assert running(first)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 30
+    while running(first):
+        assert time.monotonic() < deadline, "the first process has outlived its parent"
+        time.sleep(0.01)
 
 
 def test_one_that_is_alone_joins_nothing(monkeypatch):

@@ -14,6 +14,8 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from src.training import wandb_tracker
+
 LAST = 1 - 2**-24  # of float32 below 1
 
 
@@ -108,9 +110,11 @@ class Watch(Callback):
         wrong: hang or die, of the server; stall, of the process that W&B starts; or nothing.
         url: of the server.
         after_step: the step.
+        finish_seconds: that the run's end then waits for W&B.
     """
 
-    def __init__(self, out: str, wrong: str, url: str, after_step: int) -> None:
+    def __init__(self, out: str, wrong: str, url: str, after_step: int, finish_seconds: float) -> None:
+        wandb_tracker.FINISH_SECONDS = finish_seconds
         self.out = Path(out)
         self.wrong = wrong
         self.url = url

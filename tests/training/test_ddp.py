@@ -15,30 +15,13 @@ import torch
 from src.data.datamodule import ImageDataModule
 from src.data.loader import EvalLoader
 from src.data.sources import Digits
-from tests.faults import finish, saved_step, steps_logged
+from tests.faults import saved_step, steps_logged
 from tests.helpers import rows
+from tests.warm import TORCHRUN, finish, join, running, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def train(*arguments: str, launcher: tuple[str, ...] | list[str] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "src.train", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while steps_logged(run) < step and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+ENDLESS = ["trainer.log_every_n_steps=1", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -62,12 +45,19 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The same in two."""
+    """The same in two, as a user starts them: new interpreters."""
     run = tmp_path_factory.mktemp("two") / "run"
-    process = train("experiment=smoke", *TWO, f"hydra.run.dir={run}")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return run, out
+    result = subprocess.run(
+        [sys.executable, "-m", "src.train", "experiment=smoke", *TWO, f"hydra.run.dir={run}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout
+    return run, result.stdout
 
 
 def test_two_processes_make_one_run(two):
@@ -115,14 +105,12 @@ def test_what_learns_from_losses_learns_the_same_from_parts(tmp_path):
 
 def test_another_number_of_devices_goes_on_with_the_same_batches(one, tmp_path):
     """Thirteen steps in one process, seven in two, with the batch split otherwise besides; 13 is no even number."""
-    run = tmp_path / "run"
-    arguments = ["experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={run}"]
-    assert finish(*arguments, output=tmp_path / "log") == 0
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert finish("experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={run}", output=log) == 0
     split = ["data.batch_size=16", "trainer.accumulate_grad_batches=2"]
-    process = train(f"run={run}", "trainer.max_steps=20", *split, "trainer.strategy=ddp", "trainer.devices=2")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert "continuing with data.batch_size=16 instead of 32" in out
+    further = [f"run={run}", "trainer.max_steps=20", *split, "trainer.strategy=ddp", "trainer.devices=2"]
+    assert finish(*further, output=log) == 0, log.read_text()
+    assert "continuing with data.batch_size=16 instead of 32" in log.read_text()
     assert_same_weights(one, run, atol=1e-6)
     assert [row["train/loss"] for row in rows(run)[:2]] == [row["train/loss"] for row in rows(one)[:2]]
     assert [int(row["step"]) for row in rows(run) if row["val/loss_ema"]] == [10, 13, 20]
@@ -146,10 +134,10 @@ def test_nothing_of_lightnings_is_asked_of_the_others_each_step(tmp_path):
     quiet = ["trainer.val_every_n_steps=20", "trainer.log_every_n_steps=20", "callbacks.checkpoint.every_n_steps=20"]
     count = ["+callbacks.count._target_=tests.faults.CountCollectives", "+callbacks.count.first=3"]
     grids = ["callbacks.samples.every_n_steps=20"]
-    process = train("experiment=smoke", *TWO, *quiet, *grids, *count, f"hydra.run.dir={tmp_path / 'run'}")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert "collectives in ten steps: {'all_reduce': 20}" in out
+    log = tmp_path / "log"
+    code = finish("experiment=smoke", *TWO, *quiet, *grids, *count, f"hydra.run.dir={tmp_path / 'run'}", output=log)
+    assert code == 0, log.read_text()
+    assert "collectives in ten steps: {'all_reduce': 20}" in log.read_text()
 
 
 def test_a_batch_of_another_size_is_another_experiment(command, smoke_run):
@@ -159,24 +147,16 @@ def test_a_batch_of_another_size_is_another_experiment(command, smoke_run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_all_processes_stop_at_the_same_step(one, tmp_path, number):
-    run = tmp_path / "run"
-    endless = ["trainer.log_every_n_steps=1", "trainer.max_steps=100000"]
-    process = train("experiment=smoke", *TWO, *endless, f"hydra.run.dir={run}")
-    wait_for_step(run, 3, process)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, out
+def test_all_processes_stop_at_the_same_step(tmp_path, number):
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start("experiment=smoke", *TWO, *ENDLESS, f"hydra.run.dir={run}", output=log)
+    wait_for(lambda: steps_logged(run) >= 3, process)
+    os.kill(process.pid, number)
+    join(process, log, timeout=60)
+    out = log.read_text()
+    assert process.exitcode == 128 + number, out
     assert out.count(f"stopped by {number.name} after step {saved_step(run)}") == 1
     assert "Traceback" not in out
-
-
-def running(pid: int) -> bool:
-    """Whether a process is there and more than an entry that nobody has collected."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def children(pid: int) -> list[int]:
@@ -186,34 +166,34 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_when_the_starting_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path, record):
     """kill -9 of what the user has started, who knows nothing of the others: they must not train on."""
-    run = tmp_path / "run"
-    longer = ["trainer.log_every_n_steps=1", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5"]
-    process = train("experiment=smoke", *TWO, *longer, f"hydra.run.dir={run}")
-    wait_for_step(run, 7, process)
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start("experiment=smoke", *TWO, *ENDLESS, f"hydra.run.dir={run}", output=log)
+    wait_for(lambda: steps_logged(run) >= 7, process)
     ranks = children(process.pid)
+    assert len(ranks) == 2
     process.kill()
-    process.communicate(timeout=60)
+    process.join()
     deadline = time.monotonic() + 60
     while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(running(pid) for pid in ranks)
     lost, goal = steps_logged(run) - saved_step(run), saved_step(run) + 5
-    assert finish(f"run={run}", f"trainer.max_steps={goal}", "trainer.devices=1", output=tmp_path / "log") == 0
+    assert finish(f"run={run}", f"trainer.max_steps={goal}", "trainer.devices=1", output=log) == 0
     record("starting process of a DDP run killed", tried=1, lost=lost, note="the others end, the run goes on")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_is_killed_the_others_end_with_a_message(tmp_path, record, rank):
-    run = tmp_path / "run"
-    endless = ["trainer.log_every_n_steps=1", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5"]
-    process = train("experiment=smoke", *TWO, *endless, f"hydra.run.dir={run}")
-    wait_for_step(run, 7, process)
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start("experiment=smoke", *TWO, *ENDLESS, f"hydra.run.dir={run}", output=log)
+    wait_for(lambda: steps_logged(run) >= 7, process)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[rank], signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)  # the minute that they have
-    assert process.returncode == 2, out
+    join(process, log, timeout=60)  # the minute that they have
+    out = log.read_text()
+    assert process.exitcode == 2, out
     assert f"process {rank} of 2 was ended by signal 9" in out
     assert "Traceback" not in out
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
@@ -227,21 +207,23 @@ def test_when_one_process_is_killed_the_others_end_with_a_message(tmp_path, reco
 
 def test_restarted_under_torchrun_it_goes_on(tmp_path, record):
     """torchrun starts all again when one is killed; resume=auto goes on in the same folder."""
-    run = tmp_path / "run"
-    arguments = ["experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=150"]
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=80"]
     settings = ["callbacks.checkpoint.every_n_steps=5", "resume=auto", f"hydra.run.dir={run}"]
-    process = train(*arguments, *settings, launcher=[*TORCHRUN, "--max-restarts=1"])
-    wait_for_step(run, 7, process)
+    process = start(*arguments, *settings, launcher=[*TORCHRUN, "--max-restarts=1"], output=log)
+    wait_for(lambda: steps_logged(run) >= 7, process)
     ranks = children(process.pid)
+    assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     lost = steps_logged(run) - saved_step(run)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    assert [int(row["step"]) for row in rows(run)] == list(range(1, 151))
-    assert re.search(r"150 steps, 4,800 images", out)
+    join(process, log, timeout=200)
+    out = log.read_text()
+    assert process.exitcode == 0, out
+    assert [int(row["step"]) for row in rows(run)] == list(range(1, 81))
+    assert re.search(r"80 steps, 2,560 images", out)
     whole = tmp_path / "whole"
     assert finish(*arguments, f"hydra.run.dir={whole}", output=tmp_path / "log") == 0
-    assert_same_weights(whole, run, atol=1e-4)  # 150 steps, in which rounding grows
+    assert_same_weights(whole, run, atol=1e-4)  # 80 steps, in which rounding grows
     record("DDP process killed under torchrun", tried=1, lost=lost, note="all restarted, went on in the same folder")
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults import assert_same_run, finish, saved_step, start, state, steps_logged, wait_for
+from tests.faults import assert_same_run, saved_step, state, steps_logged
 from tests.helpers import rows
+from tests.warm import finish, start, wait_for
 
 SMOKE = [
     *("experiment=smoke", "trainer.log_every_n_steps=1", "trainer.max_steps=60", "trainer.val_every_n_steps=20"),
@@ -62,7 +63,7 @@ def test_twenty_kills_at_random_moments(tmp_path, record):
 @pytest.mark.parametrize(
     ("number", "settings", "code"),
     [
-        (signal.SIGTERM, [], 143),
+        (signal.SIGTERM, ["callbacks.checkpoint.every_n_steps=50"], 143),
         (signal.SIGUSR1, [], 143),
         (signal.SIGUSR1, ["trainer.requeue_code=85"], 85),
         (signal.SIGINT, ["trainer.requeue_code=85"], 130),
@@ -70,6 +71,7 @@ def test_twenty_kills_at_random_moments(tmp_path, record):
     ids=["SIGTERM", "SIGUSR1", "SIGUSR1 with a requeue code", "SIGINT"],
 )
 def test_a_signal_stops_at_the_steps_end(whole, tmp_path, record, number, settings, code):
+    """SIGTERM before the first periodic checkpoint."""
     run, log = tmp_path / "run", tmp_path / "log"
     process = start(*SMOKE, *settings, f"hydra.run.dir={run}", output=log)
     wait_for(lambda: steps_logged(run) >= 7, process)

@@ -6,19 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults import finish, state
+from tests.faults import state
 from tests.helpers import rows
-from tests.training.test_ddp import one, train  # noqa: F401 (a fixture)
+from tests.training.test_ddp import one  # noqa: F401 (a fixture)
+from tests.warm import finish
 
 TWO = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"]
 ALONE = ["trainer.strategy=auto", "trainer.devices=1"]
 
 
-def fsdp(*arguments: str) -> str:
-    process = train(*arguments)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
+def fsdp(*arguments: str, output: Path) -> str:
+    assert finish(*arguments, output=output) == 0, output.read_text()
+    return output.read_text()
 
 
 def assert_same_state(a: Path, b: Path, atol: float) -> None:
@@ -34,7 +33,7 @@ def two(tmp_path_factory):
     """Twenty steps in two processes."""
     run = tmp_path_factory.mktemp("two") / "run"
     parts = "+callbacks.parts._target_=tests.faults.CountParts"
-    return run, fsdp("experiment=smoke", *TWO, parts, f"hydra.run.dir={run}")
+    return run, fsdp("experiment=smoke", *TWO, parts, f"hydra.run.dir={run}", output=run.parent / "log")
 
 
 def test_two_processes_have_the_weights_of_one(one, two):  # noqa: F811
@@ -70,7 +69,7 @@ def test_it_goes_on_from_step_10(one, two, tmp_path, direction):  # noqa: F811
     if to_one:
         assert finish(f"run={run}", *ALONE, output=tmp_path / "log") == 0
     else:
-        fsdp(f"run={run}", "trainer.strategy=fsdp", "trainer.devices=2")
+        fsdp(f"run={run}", "trainer.strategy=fsdp", "trainer.devices=2", output=tmp_path / "log")
     assert [int(row["step"]) for row in rows(run)] == [5, 10, 15, 20]
     assert_same_state(one, run, atol=1e-6)
 
@@ -85,7 +84,7 @@ def test_every_part_has_its_say(tmp_path):
         *("data.batch_size=16", "trainer.accumulate_grad_batches=2"),
     ]
     assert finish("experiment=smoke", *settings, f"hydra.run.dir={runs[0]}", output=tmp_path / "log") == 0
-    fsdp("experiment=smoke", *settings, *TWO, f"hydra.run.dir={runs[1]}")
+    fsdp("experiment=smoke", *settings, *TWO, f"hydra.run.dir={runs[1]}", output=tmp_path / "log of two")
     assert_same_state(*runs, atol=2e-6)
     a, b = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
     torch.testing.assert_close(b["averages"], a["averages"], rtol=0, atol=2e-6)
@@ -103,7 +102,7 @@ def test_bad_steps_are_left_out_and_divergence_goes_back(tmp_path):
         poison += [f"+callbacks.{name}.steps={steps}", f"+callbacks.{name}.once={once}"]
         poison += [f"+callbacks.{name}.layer=conv_in.weight"]
     settings = ["trainer.precision=bf16-mixed", "trainer.log_every_n_steps=1", "callbacks.guard.patience=3"]
-    out = fsdp("experiment=smoke", *TWO, *poison, *settings, f"hydra.run.dir={run}")
+    out = fsdp("experiment=smoke", *TWO, *poison, *settings, f"hydra.run.dir={run}", output=tmp_path / "log")
     assert "step 6 was left out: the largest loss" in out
     assert "the weights conv_in.weight are not finite" in out
     assert "going back to step 10" in out

@@ -21,6 +21,7 @@ from src.training import loggers, wandb_tracker
 from src.training.wandb_tracker import WandbTracker
 from tests.helpers import items, records, rows
 from tests.training.fake_wandb import FakeServer, Watch
+from tests.warm import start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -232,20 +233,12 @@ def test_a_run_that_refuses_stops_nothing(capsys):
     assert capsys.readouterr().out.count("W&B takes no more") == 1
 
 
-SHORT_FINISH = """
-import src.training.wandb_tracker as tracker
-tracker.FINISH_SECONDS = 4.0
-from src.train import main
-main()
-"""
-
-
 @pytest.mark.parametrize("wrong", ["hang", "die", "stall"])
 def test_training_does_not_wait_for_wandb(tmp_path, record, wrong):
     """The server hangs or dies, or W&B's own process stops, in mid-run: no step waits a second, and the run ends."""
-    run, longest = tmp_path / "run", tmp_path / "longest"
+    run, longest, output = tmp_path / "run", tmp_path / "longest", tmp_path / "output"
     with FakeServer() as server:
-        watch = {"out": longest, "wrong": wrong, "url": server.url, "after_step": 5}
+        watch = {"out": longest, "wrong": wrong, "url": server.url, "after_step": 5, "finish_seconds": 4.0}
         arguments = [
             *("experiment=smoke", "logger=wandb", "trainer.max_steps=40", "trainer.log_every_n_steps=1"),
             *("callbacks.samples.num_samples=1", "callbacks.checkpoint.every_n_steps=40"),
@@ -255,18 +248,15 @@ def test_training_does_not_wait_for_wandb(tmp_path, record, wrong):
         ]
         others = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # this process's own
         online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
-        result = subprocess.run(
-            [sys.executable, "-c", SHORT_FINISH, *arguments, f"hydra.run.dir={run}"],
-            cwd=ROOT,
-            capture_output=True,  # and wait until whatever the run started has closed it
-            text=True,
-            timeout=120,
-            env={**others, **online, "OMP_NUM_THREADS": "1"},
-        )
-    assert result.returncode == 0, result.stderr
+        os.mkfifo(output)
+        reader = subprocess.Popen(["cat", output], stdout=subprocess.PIPE, text=True)
+        process = start(*arguments, f"hydra.run.dir={run}", output=output, env={**others, **online})
+        out, _ = reader.communicate(timeout=120)  # until whatever the run started has closed it
+        process.join()
+    assert process.exitcode == 0, out
     assert float(longest.read_text()) < 1.0
     assert [int(row["step"]) for row in rows(run)] == list(range(1, 41))
-    said = re.search(r"W&B did not answer; later: wandb (sync --include-online (.*))\n", result.stdout)
+    said = re.search(r"W&B did not answer; later: wandb (sync --include-online (.*))\n", out)
     assert said is not None
     assert list(Path(said[2]).glob("run-*.wandb"))
     if wrong != "stall":  # a process that was stopped has written nothing

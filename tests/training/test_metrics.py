@@ -2,12 +2,9 @@
 
 import csv
 import math
-import os
 import resource
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,8 +16,7 @@ from src.training.hardware import memory_bytes, peak_flops
 from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
 from tests.helpers import rows
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import finish
 
 
 def table(path):
@@ -253,14 +249,7 @@ def test_sums_of_two_devices_go_on_as_their_mean_on_one():
 
 def test_two_processes_log_the_mean_of_both_and_resume_to_the_bit(tmp_path):
     def train(*arguments):
-        subprocess.run(
-            [sys.executable, "-m", "src.train", *arguments],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        assert finish(*arguments, output=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = ["experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]

@@ -1,11 +1,7 @@
 """The grid of samples, drawn by all ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.warm import finish
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLER = ["sampler=ddim", "sampler.steps=5"]  # of experiment=smoke
 
 
@@ -20,15 +16,8 @@ def test_the_grid_of_two_processes_is_what_one_draws(command, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = ["experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     arguments += ["callbacks.samples.num_samples=70", "callbacks.samples.every_n_steps=20"]
-    result = subprocess.run(
-        [sys.executable, "-m", "src.train", *arguments, f"hydra.run.dir={run}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    log = tmp_path / "log"
+    assert finish(*arguments, f"hydra.run.dir={run}", output=log) == 0, log.read_text()
     outcome = command("sample", f"run={run}", f"out={out}", "num_samples=70", *SAMPLER)
     assert outcome.code == 0, outcome.err
     assert [path.name for path in (run / "samples").iterdir()] == ["step=20.png"]
