@@ -36,6 +36,7 @@ from src.errors import UserError
 from src.files import replacing
 from src.pictures import to_uint8
 from src.randomness import generator, mix
+from src.runs import refuse_classifier
 
 COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
 ORACLE_IMAGES = 2000  # at most, that the finite set consists of
@@ -183,6 +184,7 @@ def look(config: dict[str, Any], out: Path) -> None:
 
     if not 1 <= config["num_images"] <= 32:
         raise UserError(f"num_images={config['num_images']} must lie between 1 and 32, the rows of a picture")
+    refuse_classifier(config)
     parts = [build(config[part], part) for part in PARTS]
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
