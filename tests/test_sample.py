@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.warm import start, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["grid.png", "samples.npz", "trajectory.gif", "trajectory.png"]
@@ -188,3 +191,27 @@ def test_devices_that_there_are_not(command, smoke_run, tmp_path, monkeypatch, a
     assert outcome.code == 2
     assert f"error: {sentence}" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_was_killed_goes_on_where_it_was(command, smoke_run, tmp_path):
+    """To the bit, in other batches; what was half written at the kill is no shard."""
+    settings = [f"run={smoke_run}", "sampler=ddpm", "sampler.steps=50", "num_samples=96"]
+    out = tmp_path / "killed"
+    process = start(*settings, "batch_size=4", f"out={out}", output=tmp_path / "log", command="sample")
+    wait_for(lambda: len(list(out.glob("shards/*.npz"))) >= 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    there = len(list(out.glob("shards/*.npz")))
+    assert not (out / "samples.npz").exists()
+
+    refused = command("sample", *settings, f"out={out}", "seed=1")
+    assert refused.code == 2
+    assert "holds a part of other samples (seed differ)" in refused.err
+    outcome = command("sample", *settings, f"out={out}")
+    assert outcome.code == 0, outcome.err
+    assert f"{4 * there} of 96 samples are there already" in outcome.out
+    whole = command("sample", *settings, f"out={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.err
+    assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "samples.npz"]
