@@ -193,16 +193,21 @@ def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
     Raises:
         UserError: when it describes a classifier, or parts that do not go together.
     """
-    if config["schedule"] is None:
-        raise UserError(
-            f"{config['name']} trains a classifier, which makes no images; it scores those of other runs, with "
-            "features=classifier features.run=<its folder>"
-        )
+    refuse_classifier(config)
     from src.diffusion.gaussian import GaussianDiffusion
 
     parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density", "loss")]
     with refusals("diffusion"):
         return GaussianDiffusion(*parts)
+
+
+def refuse_classifier(config: dict[str, Any]) -> None:
+    """Refuses a configuration of task=classify where a diffusion model is wanted."""
+    if config["schedule"] is None:
+        raise UserError(
+            f"{config['name']} trains a classifier, which makes no images; it scores those of other runs, with "
+            "features=classifier features.run=<its folder>"
+        )
 
 
 def cycled_labels(net: "nn.Module", indices: range, device: "torch.device") -> "Tensor | None":

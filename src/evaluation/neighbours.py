@@ -59,16 +59,16 @@ def members(
 
     def look(rows: slice, _: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own = x.block(rows)
-        within, density = torch.zeros(len(own), dtype=torch.bool), torch.zeros(len(own), dtype=torch.float64)
+        within, balls = torch.zeros(len(own), dtype=torch.bool), torch.zeros(len(own), dtype=torch.int64)
         recalled, covered = torch.zeros(2, y.number, dtype=torch.bool)
         for columns in y.blocks:
             squares = _squares(own, y.block(columns))
             near = squares <= wide_y_density[columns]
             within |= (squares <= wide_y[columns]).any(1)
-            density += near.sum(1) / k_density
+            balls += near.sum(1)
             recalled[columns] = (squares <= wide_x[rows, None]).any(0)
             covered[columns] = near.any(0)
-        return within, recalled, density, covered
+        return within, recalled, balls.double() / k_density, covered
 
     precision, recall, density, coverage = zip(*in_threads(look, x.blocks, CPU), strict=True)
     return Members(

@@ -37,7 +37,7 @@ from src.evaluation.cost import Cost, cost
 from src.files import replacing
 from src.pictures import to_uint8
 from src.randomness import generator, mix
-from src.runs import image_shape
+from src.runs import image_shape, refuse_classifier
 
 COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
 ORACLE_IMAGES = 2000  # at most, that the finite set consists of
@@ -186,6 +186,7 @@ def look(config: dict[str, Any], out: Path) -> None:
 
     if not 1 <= config["num_images"] <= 32:
         raise UserError(f"num_images={config['num_images']} must lie between 1 and 32, the rows of a picture")
+    refuse_classifier(config)
     network = config["model"] if config["model"].get("_target_") != ORACLE else None  # which costs what the data is
     batch, shape = config["data"].get("batch_size"), image_shape(config)
     price = None if network is None else cost(network, shape, batch or 1)
