@@ -206,7 +206,7 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
-    return inherit({"run_dir": str(run.folder), **run.config}, overrides) + argv
+    return inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides) + argv
 
 
 def _explain(error: BaseException) -> str:

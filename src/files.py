@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -68,6 +69,15 @@ def check_sums(path: Path) -> None:
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"the checksum of {broken} is wrong")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def shown(path: Path) -> Path:

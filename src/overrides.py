@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src.build import unknown_key
+from src.errors import UserError
+
 
 def plain_value(value: Any) -> str:
     """A value as Hydra's override grammar reads it."""
@@ -23,6 +26,22 @@ def as_override(key: str, path: Path) -> str:
     if re.fullmatch(r"[\w./-]+", text, re.ASCII) and not text.isdigit():
         return f"{key}={text}"
     return shlex.quote(f"{key}={plain_value(text)}")
+
+
+def option(group: str, name: str) -> dict[str, Any]:
+    """What an option of a group holds, conf/<group>/<name>.yaml, where it refers to nothing else.
+
+    Raises:
+        UserError: when there is no such option.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(__file__).resolve().parents[1] / "conf" / group
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(unknown_key(f"{group}={name}", str(name), names).replace("no setting", "no option"))
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
+    return plain
 
 
 def same_job(name: str, out: Path) -> list[str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from src.diffusion.gaussian import GaussianDiffusion
+    from src.interop.source import Source
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -27,7 +28,7 @@ PARTS = {"name", "overrides", "schedule", "objective", "weighting", "density", "
 
 
 class Run:
-    """What `run=` names: a run folder, or a checkpoint.
+    """What `run=` names: a run folder, a checkpoint, or a model in a folder of diffusers or a .safetensors file.
 
     Attributes:
         folder: the run's folder; of a checkpoint outside one, the folder that it lies in.
@@ -43,8 +44,16 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.in_folder = True
+        self._source: Source | None = None  # of a model that no training here wrote
         self._others: list[Path] = []  # to continue from when it is damaged, in this order
-        if path.is_dir():
+        if not (path / CONFIG).is_file():
+            from src.interop.source import find
+
+            self._source = find(path)
+        if self._source is not None:
+            self.in_folder = False
+            self.folder, self.checkpoint = self._source.weights.parent, self._source.weights
+        elif path.is_dir():
             self.folder, self.checkpoint = path, path / LAST
             self._others = [path / PREVIOUS, path / BEST]
         elif path.is_file() and path.suffix == ".ckpt":
@@ -52,8 +61,14 @@ class Run:
             self.in_folder = parent.name == LAST.parent.name and (parent.parent / CONFIG).is_file()
             self.folder, self.checkpoint = (parent.parent if self.in_folder else parent), path
         else:
-            raise UserError(f"run={path} is neither a run folder nor a .ckpt file; runs lie in outputs/<experiment>/")
-        config = self._read_config() if self.in_folder else self.load_checkpoint()["config"]
+            raise UserError(
+                f"run={path} is neither a run folder nor a .ckpt file, a .safetensors file or a folder of diffusers; "
+                "runs lie in outputs/<experiment>/"
+            )
+        if self._source is not None:
+            config: Any = self._source.as_run()
+        else:
+            config = self._read_config() if self.in_folder else self.load_checkpoint()["config"]
         if not isinstance(config, dict) or not config.keys() >= PARTS:
             raise UserError(
                 f"run={path} is not a run: it has no {CONFIG} that a training wrote; runs lie in outputs/<experiment>/"
@@ -78,6 +93,8 @@ class Run:
         Raises:
             UserError: when it is missing, damaged, of a newer version, or not a checkpoint of this project.
         """
+        if self._source is not None:
+            return _as_checkpoint(self._source)
         if not self.checkpoint.is_file():
             raise UserError(f"{self.folder} holds no checkpoint yet: {self.checkpoint} does not exist; train it first")
         return _read(self.checkpoint)
@@ -154,13 +171,33 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _as_checkpoint(source: "Source") -> dict[str, Any]:
+    config = source.as_run()
+    return weights_alone(source.state(config["model"]), config)
+
+
+def weights_alone(state: dict[str, "Tensor"], config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without a training: raw and averaged weights are the same."""
+    raw = {f"net.{key}": value for key, value in state.items()}
+    return {"state_dict": raw, "ema": state, "config": config, "format": FORMAT, "global_step": 0}
+
+
 def build_net(config: dict[str, Any]) -> "nn.Module":
     """The network that a configuration describes, freshly initialised."""
     return build(config["model"], "model")
 
 
 def build_diffusion(config: dict[str, Any]) -> "GaussianDiffusion":
-    """Schedule, objective, weighting, density and loss that a configuration describes."""
+    """Schedule, objective, weighting, density and loss that a configuration describes.
+
+    Raises:
+        UserError: when it describes a classifier, or parts that do not go together.
+    """
+    if config["schedule"] is None:
+        raise UserError(
+            f"{config['name']} trains a classifier, which makes no images; it scores those of other runs, with "
+            "features=classifier features.run=<its folder>"
+        )
     from src.diffusion.gaussian import GaussianDiffusion
 
     parts = [build(config[part], part) for part in ("schedule", "objective", "weighting", "density", "loss")]

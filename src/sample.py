@@ -39,7 +39,7 @@ def sample(config: dict[str, Any], out: Path) -> None:
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
     """Where no sampler is asked for, the run's own."""
-    if any(override.startswith("sampler=") for override in overrides) or "sampler" not in run:
+    if any(override.startswith("sampler=") for override in overrides) or not run.get("sampler"):
         return []
     settings = [f"sampler.{k}={plain_value(v)}" for k, v in run["sampler"].items() if k != "_target_"]
     return [f"sampler={run['choices']['sampler']}", *settings]

@@ -1,4 +1,4 @@
-"""Trains a diffusion model: python -m src.train [group=option] [key=value] ..."""
+"""Trains a diffusion model, or a classifier that scores: python -m src.train [group=option] [key=value] ..."""
 
 import signal
 from dataclasses import dataclass
@@ -23,13 +23,14 @@ class TrainConfig:
     metric: Literal["val/loss_ema"] | None
     overrides: list[str]
     choices: dict
-    schedule: dict
-    objective: dict
-    weighting: dict
-    density: dict
-    loss: dict
+    task: dict
+    schedule: dict | None
+    objective: dict | None
+    weighting: dict | None
+    density: dict | None
+    loss: dict | None
     model: dict
-    sampler: dict
+    sampler: dict | None
     data: dict
     optimizer: dict
     lr_schedule: dict

@@ -22,7 +22,7 @@ from src.diffusion.weightings import Constant
 from src.evaluation.likelihood import Ode, Subject, Vlb, mean_and_error
 from src.runs import Run
 
-FAST = ["num_images=8", "vlb.num_times=10", "ode.rtol=1e-2", "ode.atol=1e-2"]
+FAST = ["scores=[vlb,ode]", "num_images=8", "vlb.num_times=10", "ode.rtol=1e-2", "ode.atol=1e-2"]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_file_holds_the_scores_and_what_they_depend_on(command, smoke_run, t
 
     vlb, ode, stamp = metrics["vlb"], metrics["ode"], metrics["stamp"]
     assert len(vlb["terms"]) == len(vlb["times"]) == vlb["num_times"] == 10
-    assert vlb["bits_per_dim"] == pytest.approx(vlb["prior"] + 100 * sum(vlb["terms"]))
+    assert vlb["value"] == pytest.approx(vlb["prior"] + 100 * sum(vlb["terms"]))
     assert (vlb["variance"], vlb["clip"]) == ("posterior", True)
     assert (ode["rtol"], ode["atol"], ode["num_probes"]) == (0.01, 0.01, 1)
     assert len(ode["evaluations"]) == 1
@@ -63,38 +63,41 @@ def test_the_file_holds_the_scores_and_what_they_depend_on(command, smoke_run, t
 
     checkpoint = smoke_run / "checkpoints" / "last.ckpt"
     assert stamp["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    expected = {"weights": "raw", "split": "validation", "num_images": 8, "seed": 3, "precision": "32-true"}
-    assert expected.items() <= stamp.items()
     assert torch.__version__.startswith(stamp["versions"]["torch"])
+    for part in (vlb, ode):
+        protocol = part["protocol"]
+        assert (protocol["weights"], protocol["seed"], protocol["precision"]) == ("raw", 3, "32-true")
+        assert protocol["images"]["number"] == 8
+        assert protocol["images"]["split"] == "validation"
 
-    assert f"vlb  {vlb['bits_per_dim']:.4f} +- {vlb['standard_error']:.4f}" in outcome.out
-    assert f"ode  {ode['bits_per_dim']:.4f} +- {ode['standard_error']:.4f}" in outcome.out
+    assert f"{'vlb':24} {vlb['value']:.4f} +- {vlb['standard_error']:.4f}" in outcome.out
+    assert f"{'ode':24} {ode['value']:.4f} +- {ode['standard_error']:.4f}" in outcome.out
     assert str(tmp_path / "out" / "metrics.json") in outcome.out
     assert "vlb 100%" in outcome.err
     assert "8.0/8" in outcome.err
 
 
 def test_all_terms_are_the_default(score):
-    vlb = score("bits=[vlb]", "num_images=2")["vlb"]
+    vlb = score("scores=[vlb]", "num_images=2")["vlb"]
     assert vlb["times"] == list(range(1000))
-    assert vlb["bits_per_dim"] == pytest.approx(vlb["prior"] + sum(vlb["terms"]))
+    assert vlb["value"] == pytest.approx(vlb["prior"] + sum(vlb["terms"]))
     assert vlb["num_times"] is None
 
 
 def test_a_score_depends_on_the_seed_and_not_on_the_batch(score):
     """The solver's steps do depend on the batch, within its tolerance."""
-    fine = ["num_images=8", "vlb.num_times=10", "ode.rtol=1e-4", "ode.atol=1e-4"]
+    fine = ["scores=[vlb,ode]", "num_images=8", "vlb.num_times=10", "ode.rtol=1e-4", "ode.atol=1e-4"]
     whole, parts, other = score(*fine), score(*fine, "batch_size=3"), score(*fine, "seed=1")
     assert same(parts["vlb"]) == same(whole["vlb"])
-    assert parts["ode"]["bits_per_dim"] == pytest.approx(whole["ode"]["bits_per_dim"], rel=1e-3)
+    assert parts["ode"]["value"] == pytest.approx(whole["ode"]["value"], rel=1e-3)
     assert len(parts["ode"]["evaluations"]) == 3
     for name in ("vlb", "ode"):
-        assert other[name]["bits_per_dim"] != whole[name]["bits_per_dim"]
+        assert other[name]["value"] != whole[name]["value"]
 
 
 def test_a_score_does_not_depend_on_the_number_of_processes(score):
     """To the bit; the images whose steps of the ODE are chosen together are those of a batch, whoever computes it."""
-    settings = ["num_images=12", "batch_size=5", "vlb.num_times=5", "ode.rtol=0.1", "ode.atol=0.1"]
+    settings = ["scores=[vlb,ode]", "num_images=12", "batch_size=5", "vlb.num_times=5", "ode.rtol=0.1", "ode.atol=0.1"]
     one, two = score(*settings), score(*settings, "devices=2")
     assert len(one["ode"]["evaluations"]) == 3
     for name in ("vlb", "ode"):
@@ -111,7 +114,7 @@ def test_the_likelihood_of_a_gaussian_model_is_exact_from_end_to_end(command, sc
     """The oracle of one training image with a Gaussian around it, scored through files and command line."""
     oracle = ["model=oracle", "model.num_images=1", "model.std=0.7"]
     run = trained(command, tmp_path / "run", *oracle)
-    bits = score("bits=[ode]", "num_images=16", of=run)["ode"]["bits_per_dim"]
+    bits = score("scores=[ode]", "num_images=16", of=run)["ode"]["value"]
     data = build(Run(run).config["data"], "data")
     data.setup()
     v, _ = Ode().draws(0, range(16), (1, 8, 8))
@@ -124,19 +127,19 @@ def test_the_likelihood_of_a_gaussian_model_is_exact_from_end_to_end(command, sc
 
 def test_a_model_with_a_learned_variance_is_bounded_with_it(command, score, tmp_path):
     run = trained(command, tmp_path / "run", "model.learned_variance=true", "loss=hybrid")
-    metrics = score("bits=[vlb]", *FAST, of=run)["vlb"]
-    fixed = score("bits=[vlb]", *FAST, "vlb.variance=beta", of=run)["vlb"]
+    metrics = score(*FAST, "scores=[vlb]", of=run)["vlb"]
+    fixed = score(*FAST, "scores=[vlb]", "vlb.variance=beta", of=run)["vlb"]
     assert (metrics["variance"], fixed["variance"]) == ("learned", "beta")
-    assert metrics["bits_per_dim"] != fixed["bits_per_dim"]
+    assert metrics["value"] != fixed["value"]
 
 
 def test_a_continuous_schedule_has_an_ode_and_no_chain(command, score, tmp_path):
     run = trained(command, tmp_path / "run", "schedule=flow", "objective=flow")
-    assert score(*FAST, of=run).keys() == {"ode", "stamp"}
-    outcome = command("evaluate", f"run={run}", f"out={tmp_path / 'refused'}", "bits=[ode,vlb]")
+    assert score(*FAST, "scores=[ode]", of=run).keys() == {"ode", "stamp"}
+    outcome = command("evaluate", f"run={run}", f"out={tmp_path / 'refused'}", "scores=[ode,vlb]")
     assert outcome.code == 2
     assert "vlb: the variational bound is that of a chain of discrete steps, which Flow is not" in outcome.err
-    assert "take bits=[ode]" in outcome.err
+    assert "take scores=[ode]" in outcome.err
     assert not (tmp_path / "refused").exists()
 
 
@@ -164,28 +167,31 @@ def test_images_bring_their_labels_and_a_self_conditioned_network_is_asked_afres
     images = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8)
     diffusion = GaussianDiffusion(Linear(10, 0.01, 0.3), X0(), Constant(), Uniform())
     subject = Subject(diffusion, net, ImageSet(images, torch.tensor([3, 1, 4, 1, 5])), 2, 0)
-    both = [part(subject)["bits_per_dim"] for part in (Vlb(), Ode(1e-3, 1e-3, None))]
+    parts = {"vlb": Vlb(), "ode": Ode(1e-3, 1e-3, None)}
+    both = [part(subject)[name].value for name, part in parts.items()]
     assert net.labels == {1, 3, 4, 5}
     assert set(net.last) == {0.0}
     other = Subject(diffusion, net, ImageSet(images, torch.tensor([3, 1, 4, 1, 9])), 2, 0)
-    assert all(part(other)["bits_per_dim"] != b for part, b in zip((Vlb(), Ode(1e-3, 1e-3, None)), both, strict=True))
+    assert all(part(other)[name].value != b for (name, part), b in zip(parts.items(), both, strict=True))
 
 
 def test_mean_and_standard_error():
     values = torch.tensor([1.0, 2.0, 4.0, 5.0], dtype=torch.float64)
-    assert mean_and_error(values) == {"bits_per_dim": 3.0, "standard_error": pytest.approx(math.sqrt(10 / 3 / 4))}
-    assert mean_and_error(values[:1]) == {"bits_per_dim": 1.0, "standard_error": None}
+    score = mean_and_error(values, {"terms": [1]})
+    assert (score.value, score.better, score.details) == (3.0, "lower", {"terms": [1]})
+    assert score.standard_error == pytest.approx(math.sqrt(10 / 3 / 4))
+    assert mean_and_error(values[:1], {}).standard_error is None
 
 
 REFUSED = [
     ([], "run has no value; set it with run=..."),
     (["run={tmp}/nowhere"], "neither a run folder nor a .ckpt file"),
-    (["run={run}", "bits=[vlb,fid]"], "bits=['vlb', 'fid'] is not a list, each one of vlb, ode or null"),
-    (["run={run}", "bits=[]"], "bits=[] names nothing to compute"),
+    (["run={run}", "scores=[vlb,fid]"], "scores=['vlb', 'fid'] is not a list, each one of fd, kd,"),
+    (["run={run}", "scores=[]"], "scores=[] names nothing to compute"),
     (["run={run}", "num_images=65"], "num_images=65 is not between 1 and the 64 images that this run validates on"),
     (["run={run}", "num_images=0"], "num_images=0 is not between 1 and"),
     (["run={run}", "batch_size=0"], "batch_size=0 must be at least 1"),
-    (["run={run}", "precision=bf16-mixed"], "precision=bf16-mixed is not one of 32-true"),
+    (["run={run}", "precision=16-true"], "precision=16-true is not one of 32-true, bf16-mixed"),
     (["run={run}", "vlb.num_times=1001"], "vlb: num_times=1001 is not between 1 and num_timesteps=1000"),
     (["run={run}", "vlb.num_times=0"], "vlb: num_times=0 must be at least 1, or null for all"),
     (["run={run}", "vlb.variance=learned"], "vlb: variance=learned needs a network that learns it"),
@@ -215,7 +221,7 @@ def test_broken_weights_do_not_become_numbers(command, smoke_run, tmp_path, name
     checkpoint = torch.load(path, weights_only=True)
     next(iter(checkpoint["ema"].values())).fill_(float("nan"))
     torch.save(checkpoint, path)
-    outcome = command("evaluate", f"run={run}", f"out={tmp_path / 'out'}", f"bits=[{name}]", *FAST)
+    outcome = command("evaluate", f"run={run}", f"out={tmp_path / 'out'}", *FAST, f"scores=[{name}]")
     assert outcome.code == 2
     assert sentence in outcome.err
     assert not (tmp_path / "out").exists()

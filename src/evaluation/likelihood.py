@@ -5,7 +5,7 @@ its answer must depend on the noisy image alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from src.diffusion.likelihood import (
 )
 from src.diffusion.schedules import DiscreteSchedule
 from src.errors import UserError
+from src.evaluation.scores import Score
 from src.processes import ALONE, Group
 from src.randomness import NoiseStream, generator, mix
 from src.threads import Tick, in_threads, share_out
@@ -42,6 +43,8 @@ CHAIN, TIMES, ODE = 0xC4A1, 0x71E5, 0x0DE  # the series of random numbers
 class Subject:
     """What is scored: a network with its diffusion, on images with their labels, in batches on the network's device.
 
+    `data` was held out from training; `trained` are as many images that were not.
+
     Each process of the group scores its share of the batches; the first has the result.
     """
 
@@ -51,6 +54,11 @@ class Subject:
     batch_size: int
     seed: int
     group: Group = ALONE
+    trained: ImageSet | None = None
+
+    def on_training_images(self) -> "Subject":
+        assert self.trained is not None
+        return replace(self, data=self.trained)
 
     @property
     def device(self) -> torch.device:
@@ -155,14 +163,14 @@ class Vlb:
         if not isinstance(schedule, DiscreteSchedule):
             raise ValueError(
                 f"the variational bound is that of a chain of discrete steps, which {type(schedule).__name__} is not; "
-                "take bits=[ode]"
+                "take scores=[ode]"
             )
         if self.variance == "learned" and not learned:
             raise ValueError("variance=learned needs a network that learns it; choose posterior or beta")
         self._times(subject)
 
-    def __call__(self, subject: Subject) -> dict[str, Any]:
-        """The score as plain values, in bits per dimension; {} in processes other than the first."""
+    def __call__(self, subject: Subject) -> dict[str, Score]:
+        """The score, in bits per dimension; {} in processes other than the first."""
         learned = getattr(subject.net, "learned_variance", False)
         auto: Variance = "learned" if learned else "posterior"
         variance = auto if self.variance == "auto" else self.variance
@@ -182,8 +190,7 @@ class Vlb:
         if not bounds:
             return {}
         total, terms, prior = (torch.cat(rows) for rows in zip(*bounds, strict=True))
-        return {
-            **mean_and_error(total),
+        details = {
             "prior": float(prior.mean()),
             "terms": terms.mean(0).tolist(),
             "times": list(range(terms.shape[1])) if times is None else times,
@@ -192,6 +199,7 @@ class Vlb:
             "variance": variance,
             "clip": self.clip,
         }
+        return {"vlb": mean_and_error(total, details)}
 
     def _times(self, subject: Subject) -> list[int] | None:
         if self.num_times is None:
@@ -230,8 +238,8 @@ class Ode:
         """
         subject.diffusion.schedule.levels(2, "linspace")
 
-    def __call__(self, subject: Subject) -> dict[str, Any]:
-        """The score as plain values, in bits per dimension; evaluations are those of the network, a batch.
+    def __call__(self, subject: Subject) -> dict[str, Score]:
+        """The score, in bits per dimension; evaluations are those of the network, a batch.
 
         The images of a batch share their steps: batches are those of batch_size, whoever computes them. {} in processes
         other than the first.
@@ -253,14 +261,14 @@ class Ode:
         if not solved:
             return {}
         bits, evaluations = zip(*solved, strict=True)
-        return {
-            **mean_and_error(torch.cat(bits)),
+        details = {
             "evaluations": list(evaluations),
             "rtol": self.rtol,
             "atol": self.atol,
             "num_probes": self.num_probes,
             "dequantisation": "uniform",
         }
+        return {"ode": mean_and_error(torch.cat(bits), details)}
 
     def draws(self, seed: int, indices: range, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """v in [0, 1), (B, C, H, W), and the probes."""
@@ -271,13 +279,13 @@ class Ode:
         return v, torch.stack([rademacher(shape, self.num_probes, g) for g in generators], dim=1)
 
 
-def mean_and_error(values: Tensor) -> dict[str, Any]:
-    """Mean over images (N,) and its standard error, which a single image does not have.
+def mean_and_error(values: Tensor, details: dict[str, Any]) -> Score:
+    """Mean over images (N,), the smaller the better, and its standard error, which a single image does not have.
 
     Raises:
         UserError: when they are not finite.
     """
     if not values.isfinite().all():
-        raise UserError("the bits per dimension are NaN or infinity; the weights are broken")
+        raise UserError("the score of some images is NaN or infinity; the weights are broken")
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    return {"bits_per_dim": float(values.mean()), "standard_error": error}
+    return Score(float(values.mean()), error, "lower", details)

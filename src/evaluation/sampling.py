@@ -1,9 +1,10 @@
 """Samples of a trained run, as files: grid.png, samples.npz, and the trajectory that led to them."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.guidance import Autoguidance, Denoiser, Guidance
 from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
-from src.files import replacing
+from src.evaluation.shards import Shards
+from src.files import replacing, sha256
+from src.files import shown as shown_path
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
 from src.processes import ALONE, Group
 from src.runs import Run, build_diffusion, cycled_labels, image_shape
@@ -25,6 +28,7 @@ DEFAULT_SAMPLES = 64
 NO_LABELS = "was trained without labels; train with model.num_classes, as experiment=digits_conditional does"
 FRAMES = 50  # of an animation, at most
 COLUMNS = 10  # of a strip
+GRID = 400  # samples in grid.png, at most
 TRAJECTORIES = 8  # samples that a trajectory shows, at most
 
 
@@ -74,21 +78,24 @@ class Setup:
         return x
 
 
-def set_up(config: dict[str, Any], num_samples: int) -> Setup:
+def set_up(config: dict[str, Any], num_samples: int, loaded: tuple[Run, nn.Module] | None = None) -> Setup:
     """What the keys that conf/sample.yaml and conf/edit.yaml share ask for, to draw `num_samples` images.
+
+    Args:
+        loaded: the run and its network, if they are there.
 
     Raises:
         UserError: for whatever the user can mend.
     """
     if num_samples < 1 or config["batch_size"] < 1:
         raise UserError("num_samples and batch_size must be at least 1")
-    run = Run(config["run"])
+    run = loaded[0] if loaded else Run(config["run"])
     device = choose_device(config["device"])
     diffusion = build_diffusion(run.config)
     sampler = build(config["sampler"], "sampler")
     with refusals("sampler"):
         steps = len(sampler.path(diffusion.schedule)) - 1
-    net = run.load_net(config["weights"]).to(device)
+    net = loaded[1] if loaded else run.load_net(config["weights"]).to(device)
     labels = _labels(config["labels"], net, num_samples, run.checkpoint)
     guidance = build(config["guidance"], "guidance")
     with refusals("sampler"):
@@ -110,23 +117,11 @@ def set_up(config: dict[str, Any], num_samples: int) -> Setup:
     )
 
 
-class Drawn(NamedTuple):
-    """One batch of samples, uint8 on the CPU.
-
-    Attributes:
-        images: (B, C, H, W).
-        states, guesses: (steps, K, C, H, W) x_t and x0 after each step, of the first K samples, as many as are shown.
-    """
-
-    images: Tensor
-    states: Tensor
-    guesses: Tensor
-
-
 def draw(config: dict[str, Any], out: Path, group: Group = ALONE) -> None:
     """Draws config["num_samples"] samples of the run config["run"] into the folder `out`.
 
     Sample i depends on (weights, sampler, seed, i) alone. Each process of the group draws its share; the first writes.
+    What an attempt that was killed has left in `out` is not drawn again.
 
     Raises:
         UserError: for whatever the user can mend, before anything is written.
@@ -137,49 +132,107 @@ def draw(config: dict[str, Any], out: Path, group: Group = ALONE) -> None:
     n = config["num_samples"]
     with group.agreement():
         setup = set_up(config, n)
+        shown = min(TRAJECTORIES, n) if config["trajectory"] else 0
+        shards = Shards(out / "shards", {**samples_key(config, setup), "trajectory": shown})
     if group.first:
         devices = setup.device.type if group.size == 1 else f"{group.size} x {setup.device.type}"
         print(f"{n} samples of {setup.run.checkpoint}, {config['weights']} weights, {setup.steps} steps, {devices}")
-    shown = min(TRAJECTORIES, n) if config["trajectory"] else 0
-    batches = share_out(n, config["batch_size"], setup.shape, setup.device, group)
-    own = group.share(batches)
-    name = "sampling" if group.size == 1 else f"sampling, the share of 1 of {group.size} processes"
-    bar = tqdm(
-        total=sum(map(len, own)) * setup.steps,
-        desc=name,
-        unit="image step",
-        dynamic_ncols=True,
-        disable=not group.first,
-    )
-    with group.agreement(), bar:
-        drawn = in_threads(lambda b, tick: _draw(setup, config["seed"], b, shown, tick), own, setup.device, bar.update)
-    drawn = group.gather(drawn)
+    draw_shards(setup, config["seed"], n, config["batch_size"], shards, group, shown)
     if not group.first:
         return
 
-    images = torch.cat([batch.images for batch in drawn])
+    images = torch.from_numpy(np.concatenate(list(shards.read("images", n))))
     save_npz(images, setup.labels, out / "samples.npz")
-    save_png(grid(images), out / "grid.png", enlarge(setup.shape[1]))
+    save_png(grid(images[:GRID]), out / "grid.png", enlarge(setup.shape[1]))
     written = ["grid.png", "samples.npz"]
-    if config["trajectory"]:
-        states, guesses = (torch.cat(parts, dim=1) for parts in zip(*(batch[1:] for batch in drawn), strict=True))
+    if shown:
+        states, guesses = (
+            torch.from_numpy(np.concatenate(list(shards.read(name, shown)))).movedim(1, 0)
+            for name in ("states", "guesses")
+        )
         _save_trajectory(states, guesses, out)
         written += ["trajectory.png", "trajectory.gif"]
+    shards.remove()
     for name in written:
         print(f"  {out / name}")
 
 
-def _draw(setup: Setup, seed: int, indices: range, shown: int, tick: Tick) -> Drawn:
-    kept = max(0, shown - indices.start)  # of this batch, the first so many
+def samples_key(config: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """What the samples that a configuration asks for depend on, their numbers aside."""
+    guide = getattr(setup.guidance, "guide", None)
+    return {
+        "checkpoint_sha256": sha256(setup.run.checkpoint),
+        **{name: config[name] for name in ("weights", "sampler", "guidance", "labels", "seed", "precision")},
+        "guide_sha256": None if guide is None else sha256(Run(guide).checkpoint),
+    }
+
+
+def draw_shards(
+    setup: Setup, seed: int, n: int, batch_size: int, shards: Shards, group: Group = ALONE, shown: int = 0
+) -> None:
+    """Draws those of n samples that are not in the shards yet, under a progress bar.
+
+    A shard holds images, uint8 (B, C, H, W), and of the first `shown` samples the states and guesses, uint8
+    (B, steps, C, H, W): x_t and x0 after each step.
+
+    Raises:
+        UserError: when samples hold NaN or infinity, or cannot be written, in all processes.
+    """
+    with group.agreement():
+        missing = shards.missing(n)
+        if group.first:
+            shards.tidy()
+    there = n - sum(map(len, missing))
+    if there and group.first:
+        print(f"  {there} of {n} samples are there already")
+    batches = [
+        range(gap.start + part.start, gap.start + part.stop)
+        for gap in missing
+        for part in share_out(len(gap), batch_size, setup.shape, setup.device, group)
+    ]
+    own = group.share(batches)
+    bar = tqdm(
+        total=sum(map(len, own)) * setup.steps,
+        desc="sampling" if group.size == 1 else f"sampling, the share of 1 of {group.size} processes",
+        unit="image step",
+        dynamic_ncols=True,
+        disable=not group.first or not own,
+    )
+
+    def work(indices: range, tick: Tick) -> None:
+        arrays = _drawn(setup, seed, indices, shown, tick)
+        with _writable(shards):
+            shards.save(indices, arrays)
+
+    with group.agreement(), bar:
+        in_threads(work, own, setup.device, bar.update)
+
+
+@contextmanager
+def _writable(shards: Shards) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"samples could not be written to {shown_path(shards.folder)} ({error}); make room and give the same "
+            "command again, which goes on from what is there"
+        ) from error
+
+
+def _drawn(setup: Setup, seed: int, indices: range, shown: int, tick: Tick) -> dict[str, np.ndarray]:
+    kept = min(max(0, shown - indices.start), len(indices))  # of this batch, the first so many
     states, guesses = [], []
     denoise, schedule = setup.denoiser(indices), setup.diffusion.schedule
     with torch.no_grad(), setup.precision:
         for step in generate(denoise, setup.sampler, schedule, setup.shape, seed, indices, setup.device):
-            states.append(to_uint8(step.x[:kept]).cpu())
-            guesses.append(to_uint8(step.x0[:kept]).cpu())
+            if kept:
+                states.append(to_uint8(step.x[:kept]).cpu())
+                guesses.append(to_uint8(step.x0[:kept]).cpu())
             tick(len(indices))
-        images = to_uint8(setup.finite(step.x)).cpu()
-    return Drawn(images, torch.stack(states), torch.stack(guesses))
+        arrays = {"images": to_uint8(setup.finite(step.x)).cpu().numpy()}
+    if kept:
+        arrays |= {"states": torch.stack(states, 1).numpy(), "guesses": torch.stack(guesses, 1).numpy()}
+    return arrays
 
 
 def _guide(

@@ -8,30 +8,45 @@ from torch import Tensor, nn
 
 
 class SinusoidalEmbedding(nn.Module):
-    """[sin(t f), cos(t f)] with f_i = max_period^(-i / (dim / 2 - 1)), i = 0 ... dim / 2 - 1.
+    """[sin(s t f), cos(s t f)] with f_i = max_period^(-i / (dim / 2 - 1)), i = 0 ... dim / 2 - 1.
 
     The convention of Ho et al. 2020, who follow Vaswani et al. 2017 (Sec. 3.5): sines first, the last frequency is
-    exactly 1 / max_period. ADM has cosines first and divides by dim / 2; weights of one do not fit the other.
+    exactly 1 / max_period. ADM and DiT have cosines first and divide by dim / 2; weights of one do not fit the other.
 
-    The angles t f stay float32 when the network is cast, since bfloat16 cannot tell t = 998 from t = 1000; the result
-    has the dtype that the network was cast to.
+    The angles stay float32 when the network is cast, since bfloat16 cannot tell t = 998 from t = 1000; the result has
+    the dtype that the network was cast to.
 
     Args:
         dim: size of the embedding, even and at least 4.
+        cosine_first: [cos, sin].
+        endpoint: divide by dim / 2 - 1, and not by dim / 2.
+        scale: s; for weights of networks that were told 1000 t / T.
 
     Raises:
-        ValueError: when dim is odd or smaller than 4.
+        ValueError: when dim is odd or smaller than 4, or the scale is not positive.
     """
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, max_period: float = 10000.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_period: float = 10000.0,
+        cosine_first: bool = False,
+        endpoint: bool = True,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
             raise ValueError(f"an embedding of {dim} numbers is not possible; choose an even number from 4")
+        if not scale > 0:
+            raise ValueError(f"time_scale={scale} must be positive; 1 tells the network the time as it is")
         half = dim // 2
-        self.exact = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, dtype=torch.float64)).float()
+        i = torch.arange(half, dtype=torch.float64, device="cpu")  # also of a network that is built without memory
+        self.exact = torch.exp(-math.log(max_period) / (half - endpoint) * i).float()
         self.register_buffer("frequencies", self.exact, persistent=False)
+        self.cosine_first = cosine_first
+        self.scale = scale
         self.dtype = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalEmbedding":
@@ -42,8 +57,9 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) to (B, dim)."""
-        angles = t.float()[:, None] * self.frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).to(self.dtype)
+        angles = (t.float() * self.scale)[:, None] * self.frequencies
+        parts = [angles.cos(), angles.sin()] if self.cosine_first else [angles.sin(), angles.cos()]
+        return torch.cat(parts, dim=1).to(self.dtype)
 
 
 class LabelEmbedding(nn.Module):

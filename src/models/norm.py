@@ -1,17 +1,47 @@
-"""Group normalisation that leaves a network its time."""
+"""Group normalisation that leaves a network its time, and its images their memory format."""
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.models.patches import is_channels_last
 
 
-def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    """As many groups as `groups` allows that divide the channels and hold at least two each.
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm whose result lies in memory as its input does, on GPUs too.
+
+    Torch's kernel for GPUs rewrites images that are channels-last as channels-first, and every convolution after it
+    rewrites them back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        if x.is_cuda and not torch.compiler.is_compiling() and is_channels_last(x):
+            return normalized(x, self.num_groups, self.weight, self.bias, self.eps)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def normalized(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """F.group_norm of (B, C, H, W), written so that no step changes the memory format; float32 inside."""
+    B, C, H, W = x.shape
+    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    x = x.float()
+    var, mean = torch.var_mean(x.view(B, groups, C // groups, H, W), dim=(2, 3, 4), correction=0)
+    scale = (var + eps).rsqrt()[:, :, None] * weight.view(groups, -1)  # (B, groups, C / groups)
+    shift = torch.addcmul(bias.view(groups, -1), mean[:, :, None], scale, value=-1)
+    return torch.addcmul(shift.reshape(B, C, 1, 1), x, scale.reshape(B, C, 1, 1)).to(dtype)
+
+
+def group_norm(channels: int, groups: int, eps: float, smallest: int = 2) -> GroupNorm:
+    """As many groups as `groups` allows that divide the channels and hold at least `smallest` each.
 
     A group of one channel subtracts what is constant over its image, and with it the time embedding that was added.
 
     Args:
-        channels: at least 2.
+        channels: at least `smallest`.
         groups: the most there may be.
         eps: 1e-6 in Ho et al. 2020, 1e-5 in ADM.
+        smallest: 2; EDM has 4, and weights of others come with groups of 1.
     """
-    most = min(groups, channels // 2)
-    return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels, eps=eps)
+    most = max(1, min(groups, channels // smallest))
+    return GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels, eps=eps)

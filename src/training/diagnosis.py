@@ -1,4 +1,4 @@
-"""Where a bad step began: the noise level of the worst image, and the layer that broke first."""
+"""Where a bad step began: the worst image, and the layer that broke first."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
     have to be whole to be told apart, are left out.
 
     Args:
-        module: the DiffusionModule after the step.
+        module: the TrainingModule after the step.
     """
     part = batch_idx % module.accumulated
     sharded = isinstance(module.trainer.strategy, Sharded)
@@ -37,23 +37,18 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    schedule = module.diffusion.schedule
-    worst = int(losses.detach().nan_to_num(nan=torch.inf).argmax())
-    t = schedule.time(u[worst : worst + 1])
-    alpha, sigma = (float(v) for v in schedule.level(t))
-    level = f"the largest loss, {float(losses.detach()[worst]):.3g}, is at noise level t={float(t):g} "
-    level += f"(alpha {alpha:.3g}, sigma {sigma:.3g})"
+    worst = module.worst(losses.detach(), u)
     if weights:
-        return f"{level}; the weights {weights[0]} are not finite"
+        return f"{worst}; the weights {weights[0]} are not finite"
     if outputs:
-        return f"{level}; the layer {outputs[0]} is the first whose output is not finite"
+        return f"{worst}; the layer {outputs[0]} is the first whose output is not finite"
     if sharded:
-        return level
+        return worst
     parameters = [(name, p) for name, p in module.net.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(losses.mean(), [p for _, p in parameters], allow_unused=True)
     gradients = [(name, g) for (name, _), g in zip(parameters, found, strict=True) if g is not None]
     for name, gradient in reversed(gradients):  # backward comes from the end
         if not torch.isfinite(gradient).all():
-            return f"{level}; the gradient of {name} is the first that is not finite"
+            return f"{worst}; the gradient of {name} is the first that is not finite"
     name, gradient = max(gradients, key=lambda pair: float(pair[1].norm()))
-    return f"{level}; the gradient of {name} is the largest, {float(gradient.norm()):.3g}"
+    return f"{worst}; the gradient of {name} is the largest, {float(gradient.norm()):.3g}"

@@ -19,17 +19,15 @@ from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from src.build import build, locate, refusals
+from src.build import build, locate
 from src.data.datamodule import ImageDataModule
-from src.diffusion.gaussian import GaussianDiffusion
-from src.diffusion.levels import TERMINAL_ALPHA
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
 from src.launch import launched, rank
 from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
 from src.randomness import another
-from src.runs import CONFIG, LAST, SUMMARY, Run, build_diffusion, build_net, check_architecture, image_shape, net_state
+from src.runs import CONFIG, LAST, SUMMARY, Run, build_net, check_architecture, image_shape, net_state
 from src.start import start
 from src.training.ending import explained
 from src.training.guard import Diverged, Guard
@@ -37,11 +35,12 @@ from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
-from src.training.module import DiffusionModule
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
+from src.training.step import TrainingModule
 from src.training.stop import SIGNALS, Stop
 from src.training.summary import summarize, write
+from src.training.tasks import DEFAULT, Task
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
@@ -102,7 +101,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             parameters = sum(p.numel() for p in training.net.parameters())
             devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen_precision}"
             say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
-            _warn_of_terminal_signal(training.diffusion)
+            for line in training.task.notes():
+                say(line)
             while True:
                 if training.trainer.global_rank == 0:
                     table = resume["callbacks"]["TrainMetrics"]["table"] if resume else None
@@ -132,8 +132,8 @@ class Training:
     """What one call of Lightning's `fit` needs."""
 
     net: nn.Module
-    diffusion: GaussianDiffusion
-    module: DiffusionModule
+    task: Task
+    module: TrainingModule
     metrics: TrainMetrics
     guard: Guard
     writer: CheckpointWriter
@@ -157,15 +157,10 @@ def _assemble(
         resume: the checkpoint that training will continue from.
         diverged: the guard of a training that went back to `resume`, or to the start.
     """
-    diffusion = build_diffusion(config)
+    task: Task = build(config.get("task", DEFAULT), "task", config=config)
     torch.manual_seed(config["seed"])
     net = build_net(config)
-    if not 0 <= config["label_dropout"] < 1:
-        raise UserError(f"label_dropout={config['label_dropout']} must lie in [0, 1)")
-    if config["offset_noise"] < 0:
-        raise UserError(f"offset_noise={config['offset_noise']} must not be negative; 0 is none, 0.1 its author's")
-    with refusals("model"):
-        diffusion.check(net)
+    task.check(net)
     stop, writer = Stop(), CheckpointWriter()
     guard: Guard = diverged or build(config["callbacks"]["guard"], "callbacks.guard")
     if diverged is None and resume is not None:
@@ -174,33 +169,20 @@ def _assemble(
         config, run_dir, checkpoint={"config": written, "stop": stop, "guard": guard, "writer": writer}
     )
     masters = settings.prepare(net)
-    module = DiffusionModule(
+    module = task.module(
         net,
-        diffusion,
-        _build_optimizer(config, settings),
-        build(config["lr_schedule"], "lr_schedule"),
-        settings.gradient_clip_norm,
-        callbacks["ema"],
-        guard,
-        another(config["seed"], guard.restores),
-        config["label_dropout"],
-        config["offset_noise"],
-        masters,
+        optimizer=_build_optimizer(config, settings),
+        lr_schedule=build(config["lr_schedule"], "lr_schedule"),
+        gradient_clip_norm=settings.gradient_clip_norm,
+        ema=callbacks["ema"],
+        guard=guard,
+        seed=another(config["seed"], guard.restores),
+        masters=masters,
     )
-    samplers = {"sampler": build(config["sampler"], "sampler")}
-    if "samples" in callbacks:
-        samplers["callbacks.samples"] = callbacks["samples"].sampler
-    for path, sampler in samplers.items():
-        with refusals(path):
-            sampler.path(diffusion.schedule)
-            sampler.check(net)
+    task.check_callbacks(net, callbacks)
     data.setup()
     data.restores, data.images_done = guard.restores, 0
-    if module.num_classes is not None and module.num_classes < data.num_classes:
-        raise UserError(
-            f"model.num_classes={module.num_classes} is less than data.num_classes={data.num_classes}, and every label "
-            "needs its place; set model.num_classes='${data.num_classes}'"
-        )
+    task.check_data(net, data)
     devices = settings.num_devices * settings.num_nodes
     if data.batch_size % devices:
         raise UserError(
@@ -216,7 +198,7 @@ def _assemble(
     own = [callbacks.pop("ema"), guard, metrics, stop, Progress()]
     last = callbacks.pop("checkpoint")
     trainer = settings.make(run_dir, writer, [*own, *callbacks.values(), last])
-    return Training(net, diffusion, module, metrics, guard, writer, trainer)
+    return Training(net, task, module, metrics, guard, writer, trainer)
 
 
 def _go_back(
@@ -303,16 +285,6 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
     return make
 
 
-def _warn_of_terminal_signal(diffusion: GaussianDiffusion) -> None:
-    alpha, sigma = (float(v[-1]) for v in diffusion.schedule.table())
-    if alpha > TERMINAL_ALPHA * sigma:
-        say(
-            f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, which "
-            "starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or sigma_max, "
-            "or set zero_terminal_snr=true"
-        )
-
-
 def _loggers(config: dict[str, Any], run_dir: Path, sweep: str | None) -> list[Logger]:
     """The tracker that was asked for, beside metrics.csv; only the first of several processes writes."""
     if rank() != 0:
@@ -381,12 +353,8 @@ def _finish(training: Training, config: dict[str, Any], settings: TrainerSetting
             log_summary(logger, summary)
     folder = shown(run_dir)
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
-    losses = ", ".join(f"{name} {summary['metrics'][name]:.4f}" for name in ("val/loss_raw", "val/loss_ema"))
-    say(
-        f"{summary['steps']:,} steps, {summary['images_seen']:,} images in {minutes} min {seconds} s; {losses}\n"
-        f"  samples     {folder / 'samples' / 'step={}.png'.format(summary['steps'])}\n"
-        f"  checkpoint  {folder / LAST}\n"
-        f"  summary     {folder / 'summary.json'}\n"
-        f"more samples: python -m src.sample {as_override('run', folder)}"
-    )
+    result, *where, way_on = training.task.report(summary["metrics"], folder, summary["steps"])
+    say(f"{summary['steps']:,} steps, {summary['images_seen']:,} images in {minutes} min {seconds} s; {result}")
+    for line in (*where, f"  checkpoint  {folder / LAST}", f"  summary     {folder / SUMMARY}", way_on):
+        say(line)
     return summary

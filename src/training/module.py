@@ -1,47 +1,37 @@
-"""The LightningModule: the network, the diffusion, and one optimiser step."""
+"""The LightningModule of a diffusion model: noise, times and labels of a step, and its losses."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
-from src.processes import mean
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
-from src.runs import net_state
-from src.training.by_level import LossByLevel
 from src.training.ema import EMA
 from src.training.guard import Guard
 from src.training.lr import Constant
 from src.training.masters import MasterWeights
-from src.training.sharding import Shards
+from src.training.step import TrainingModule
 
 GOLDEN_RATIO = 0.6180339887498949
 QUARTERS = 4
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(TrainingModule):
     """Trains a network on p_losses; validates raw and averaged weights on fixed images, noise and times.
 
     Args:
         net: called as net(x_t, t).
         diffusion: schedule, objective, weighting and density.
-        optimizer: makes the optimiser from the parameters.
-        lr_schedule: factor on the learning rate at (step, max_steps).
-        gradient_clip_norm: largest norm of the whole gradient; None for no clipping.
-        ema: the average to validate beside the raw weights.
-        guard: says which steps to leave out.
         label_dropout: probability that an image trains without its label, which is what classifier-free guidance needs;
             of no account for a network without labels.
-        seed: all randomness of a step follows from (seed, step, row of its batch).
         offset_noise: standard deviation of what is added to a whole channel's noise (Guttenberg 2023, "Diffusion with
             Offset Noise", who uses 0.1); 0 for none.
-        masters: the weights of a network that computes in bfloat16.
+        optimizer, lr_schedule, gradient_clip_norm, ema, guard, seed, masters: see `TrainingModule`.
     """
 
     def __init__(
@@ -58,33 +48,17 @@ class DiffusionModule(LightningModule):
         offset_noise: float = 0.0,
         masters: MasterWeights | None = None,
     ) -> None:
-        super().__init__()
-        self.net = net
+        loss = diffusion.loss if isinstance(diffusion.loss, nn.Module) else None  # it learns with the network
+        super().__init__(net, loss, optimizer, lr_schedule, gradient_clip_norm, ema, guard, seed, masters)
         self.diffusion = diffusion
-        self.loss = diffusion.loss if isinstance(diffusion.loss, nn.Module) else None  # it learns with the network
-        self.make_optimizer = optimizer
-        self.lr_schedule = lr_schedule
-        self.gradient_clip_norm = gradient_clip_norm
-        self.ema = ema
-        self.guard = guard
-        self.masters: MasterWeights | Shards | None = masters
-        self.seed = seed
         self.label_dropout = label_dropout
         self.offset_noise = offset_noise
         self.num_classes: int | None = getattr(net, "num_classes", None)
         self.self_conditioning: bool = getattr(net, "self_conditioning", False)
         self.dropouts = [layer for layer in net.modules() if isinstance(layer, Dropout)]
-        self.loss_by_level = LossByLevel()
-        self.seen: list[Tensor] = []  # of each part of the step so far: its loss, losses and u, (3, B)
-        self.grad_norm: Tensor | None = None
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None:  # of trainer=fsdp
-            self.masters = Shards(self.net, self.device_mesh["data_parallel"], beside=self.loss)
 
     def on_fit_start(self) -> None:
-        if self.masters is not None:
-            self.masters.to(self.device)
+        super().on_fit_start()
         self.noise = RowNoise(mix(self.seed, 3), self.device)
         self.channel_noise = RowNoise(mix(self.seed, 4), self.device)
 
@@ -109,17 +83,22 @@ class DiffusionModule(LightningModule):
             return None
         return y.masked_fill(u < self.label_dropout, self.num_classes)
 
-    @property
-    def accumulated(self) -> int:
-        """Batches that make up a step."""
-        return self.trainer.accumulate_grad_batches
+    def mean_loss(self, losses: Tensor, u: Tensor) -> Tensor:
+        return self.diffusion.density.correct(losses, u).mean()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        part = batch_idx % self.accumulated
-        losses, u = self.losses(batch, part, self.global_step)
-        loss = self.diffusion.density.correct(losses, u).mean()
-        self.seen = (self.seen if part else []) + [torch.stack([loss.detach().expand_as(u), losses.detach(), u])]
-        return loss
+    def learn(self, losses: Tensor, u: Tensor, bad: Tensor) -> None:
+        self.loss_by_level.add(u, losses, bad)
+        if self.diffusion.density.learns and not bad:
+            seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
+            in_rows = seen.movedim(-2, 0).movedim(1, -2).flatten(1)  # (3, rows of the step), in their order
+            self.diffusion.density.learn(*in_rows[1:])
+
+    def worst(self, losses: Tensor, u: Tensor) -> str:
+        row = int(losses.nan_to_num(nan=torch.inf).argmax())
+        t = self.diffusion.schedule.time(u[row : row + 1])
+        alpha, sigma = (float(v) for v in self.diffusion.schedule.level(t))
+        at = f"noise level t={float(t):g} (alpha {alpha:.3g}, sigma {sigma:.3g})"
+        return f"the largest loss, {float(losses[row]):.3g}, is at {at}"
 
     def losses(self, batch: Batch, part: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the u that it was asked at, (B,) both.
@@ -181,59 +160,12 @@ class DiffusionModule(LightningModule):
         raw, ema = (sums / counts).tolist()
         quarters = {f"val/loss_ema_q{i + 1}": loss for i, loss in enumerate(ema[1:]) if loss == loss}
         metrics = {"val/loss_raw": raw[0], "val/loss_ema": ema[0], **quarters}
-        self.log_dict(metrics, logger=False)
-        for logger in self.loggers:  # Lightning would count this step as the one before
-            logger.log_metrics(metrics, step=self.global_step)
+        self.log_validation(metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["density"] = self.diffusion.density.state_dict()
-        if isinstance(self.masters, MasterWeights):
-            checkpoint["state_dict"].update({f"net.{name}": weight for name, weight in self.masters.named()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.diffusion.density.load_state_dict(checkpoint.get("density", {}))
-        batches = checkpoint["global_step"] * self.accumulated  # which may be others than those of the saved run
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            counts.update(dict.fromkeys(counts, batches))
-        if isinstance(self.masters, MasterWeights):
-            self.masters.load(net_state(checkpoint["state_dict"]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        weights: Iterable[Any] = self.net.parameters() if self.masters is None else self.masters.parameters
-        of_loss = () if self.loss is None else self.loss.parameters()
-        optimizer = self.make_optimizer(p for p in (*weights, *of_loss) if p.requires_grad)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        return optimizer
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clips by the total norm and keeps it for the log; Lightning's own refuses fused optimisers."""
-        if self.masters is not None:
-            self.masters.take_gradients()
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if isinstance(self.masters, Shards):
-            self.grad_norm = self.masters.norm()
-        else:
-            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
-        loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
-        bad = self.guard.inspect(mean(loss), self.grad_norm)
-        self.guard.leave_out(optimizer, parameters, bad)
-        _, losses, u = torch.cat(self.seen, dim=1)
-        self.loss_by_level.add(u, losses, bad)
-        if self.diffusion.density.learns and not bad:
-            seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
-            in_rows = seen.movedim(-2, 0).movedim(1, -2).flatten(1)  # (3, rows of the step), in their order
-            self.diffusion.density.learn(*in_rows[1:])
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.masters is not None:
-            self.masters.give_weights()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        factor = self.lr_schedule(self.global_step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor

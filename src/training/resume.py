@@ -14,6 +14,7 @@ FREE = (
     *(f"trainer.{name}" for name in ("val_every_n_steps", "log_every_n_steps", "compile", "channels_last")),
     *("trainer.deterministic", "trainer.requeue_code", "callbacks.checkpoint", "callbacks.samples", "callbacks.guard"),
     *("logger", "sampler", "data.dir", "metric", "callbacks.ema.also", "callbacks.ema.snapshot_every_n_steps"),
+    "model.gradient_checkpointing",
 )
 SPLIT = ("data.batch_size", "trainer.accumulate_grad_batches")  # may change when their product stays
 UNCOMPARED = ("run", "resume", "overrides", "choices")

@@ -74,7 +74,7 @@ def flops_per_image(net: nn.Module, image_shape: tuple[int, int, int], device: t
         call = (
             net.forward if getattr(net, "_compiled_call_impl", None) else net
         )  # by which sharded weights are gathered
-        call(x, torch.zeros(1, device=device))
+        call(x, *(() if getattr(net, "classifies", False) else (torch.zeros(1, device=device),)))
     net.train(training)
     return int(counter.get_total_flops())
 

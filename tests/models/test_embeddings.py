@@ -20,6 +20,23 @@ def test_sines_come_first_and_the_last_frequency_is_one_over_the_period(dim):
     np.testing.assert_allclose(embedding.numpy(), expected, rtol=0, atol=1e-4)  # 999 f in float32 is good to 6e-5
 
 
+def test_adm_has_cosines_first_and_divides_by_half():
+    """And iDDPM is told 1000 t / T: a time of 4000 steps, a quarter of it."""
+    t = np.array([0.0, 3.0, 500.0, 3999.0])
+    angles = 0.25 * t[:, None] * 10000.0 ** (-np.arange(8) / 8)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    embedding = SinusoidalEmbedding(16, cosine_first=True, endpoint=False, scale=0.25)(torch.from_numpy(t))
+    np.testing.assert_allclose(embedding.numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_network_that_is_built_without_memory_has_its_frequencies():
+    """Catches constants that are lost with the memory: sampling would go on with whatever lay there."""
+    with torch.device("meta"):
+        embed = SinusoidalEmbedding(16)
+    t = torch.arange(5)
+    assert torch.equal(embed.to_empty(device="cpu")(t), SinusoidalEmbedding(16)(t))
+
+
 def test_integer_and_float_times_are_told_the_same():
     """Catches training (int64) and sampling (float) that see different times."""
     embed = SinusoidalEmbedding(32)

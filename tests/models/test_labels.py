@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.models.dit import DiT
 from src.models.simple_unet import SimpleUNet
 from src.models.unet import UNet
 
@@ -15,7 +16,15 @@ def simple_unet(num_classes):
     return SimpleUNet(1, 8, hidden_dims=8, time_emb_dim=16, num_classes=num_classes)
 
 
-@pytest.fixture(params=[unet, simple_unet])
+def dit(num_classes):
+    return DiT(1, 8, hidden_dim=16, depth=1, num_heads=2, num_classes=num_classes)
+
+
+def early(num_classes):
+    return UNet(1, 8, base_channels=16, channel_mults=(1,), dropout=0.0, early_labels=True, num_classes=num_classes)
+
+
+@pytest.fixture(params=[unet, simple_unet, dit, early])
 def make(request):
     torch.manual_seed(0)
 

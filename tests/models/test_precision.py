@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from src.models.dit import DiT
 from src.models.simple_unet import SimpleUNet
 from src.models.unet import UNet
 
@@ -14,8 +15,9 @@ from src.models.unet import UNet
     [
         lambda: SimpleUNet(channels=1, image_size=8, hidden_dims=16, time_emb_dim=64),
         lambda: UNet(channels=1, image_size=8, base_channels=32, channel_mults=(1, 2), dropout=0.0),
+        lambda: DiT(channels=1, image_size=8, hidden_dim=64, depth=2, num_heads=4),
     ],
-    ids=["simple_unet", "unet"],
+    ids=["simple_unet", "unet", "dit"],
 )
 def test_a_network_in_bfloat16_is_the_same_function(make):
     """Catches float32 activations that meet bfloat16 weights, and a time that is told with eight bits."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from src.models.dit import DiT
 from src.models.norm import group_norm
 from src.models.simple_unet import SimpleUNet
 from src.models.unet import UNet
@@ -16,6 +17,7 @@ NETWORKS = {
         1, 8, base_channels=64, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,)
     ),
     "unet of 8 channels": lambda: UNet(1, 8, base_channels=8, channel_mults=(1, 1), num_res_blocks=1),
+    "dit": lambda: DiT(1, 8, hidden_dim=32, depth=2, num_heads=4),
     "simple_unet": lambda: SimpleUNet(1, 8, hidden_dims=64, time_emb_dim=256),
     "simple_unet of 8 channels": lambda: SimpleUNet(1, 8, hidden_dims=8, time_emb_dim=16),
 }

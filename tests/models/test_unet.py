@@ -1,13 +1,17 @@
 """The U-Net of Ho et al. 2020, apart from its parity with diffusers (tests/parity)."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.models.norm import group_norm
 from src.models.unet import Attention, ResidualBlock, Stage, UNet
+
+EIGHT = partial(group_norm, groups=8, eps=1e-6)
 
 
 def small(**settings):
@@ -53,7 +57,7 @@ def test_other_weights_start_xavier_uniform():
 def test_attention_is_the_formula(heads):
     """Catches a wrong scale, heads that mix, q for k, rows for columns; 3x5 positions so that H and W differ."""
     torch.manual_seed(0)
-    attention = Attention(16, heads, 8)
+    attention = Attention(16, heads, EIGHT)
     x = torch.randn(2, 16, 3, 5)
     with torch.no_grad():
         y = attention(x)
@@ -80,7 +84,7 @@ def test_dropout_acts_in_training_only_and_after_the_second_activation():
     net.train()
     assert (net(x, t) - net(x, t)).abs().max() > 1e-3
 
-    block = ResidualBlock(8, 8, 4, dropout=0.5, norm_groups=8)
+    block = ResidualBlock(8, 8, 4, dropout=0.5, norm=EIGHT)
     seen = []
     block.conv2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     h, time = torch.randn(4, 8, 16, 16), torch.randn(4, 4)
@@ -143,6 +147,14 @@ def test_attention_sits_where_it_is_asked_for():
         ({"base_channels": 30}, "base_channels=30"),
         ({"channel_mults": ()}, "channel_mults=\\[\\]"),
         ({"channel_mults": (1, 0)}, "channel_mults=\\[1, 0\\]"),
+        ({"channel_mults": (1, 1.001)}, "channel_mults=\\[1, 1.001\\]"),
+        ({"channels_per_head": 48}, "channels_per_head=48 does not divide the 256 channels"),
+        ({"channels_per_head": 64, "num_heads": 2}, "cannot both be"),
+        ({"channels_per_head": 0}, "channels_per_head=0"),
+        ({"min_group_channels": 0}, "min_group_channels=0"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0"),
+        ({"skip_scale": 0.0}, "skip_scale=0.0"),
+        ({"time_scale": -1.0}, "time_scale=-1.0"),
         ({"num_heads": 3}, "num_heads=3"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),

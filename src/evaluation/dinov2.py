@@ -1,0 +1,114 @@
+"""DINOv2's features (Oquab et al. 2023), nearer to people's judgement than Inception's (Stein et al. 2023)."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from src.errors import UserError, reason
+from src.evaluation.features import Extracted, Features, Shape, Sizes, as_rgb, check_colours
+from src.evaluation.weights import digest, file_digest, fit_state, read_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SIDE = 224  # that images are resized to, as Stein et al. do
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class DinoV2(Features):
+    """The class token of a DINOv2 vision transformer after its last norm; ViT-L/14 in Stein et al. 2023.
+
+    Images are resized to 224x224, bicubic with antialiasing, and clamped to [0, 1] before they are normalised.
+
+    Args:
+        weights: a file with the state dict, .safetensors or torch.save's, as timm or its authors publish it; None for
+            timm's own, which it keeps in its cache and downloads.
+        model: timm's name.
+        name: of the features.
+
+    Raises:
+        ValueError: for a model that timm does not have.
+    """
+
+    rows = 4
+
+    def __init__(
+        self, weights: str | None = None, model: str = "vit_large_patch14_dinov2.lvd142m", name: str = "dinov2"
+    ) -> None:
+        super().__init__(name)
+        if not model.startswith("vit_") or "dinov2" not in model:
+            raise ValueError(f"model={model} is none of timm's DINOv2, such as vit_base_patch14_dinov2.lvd142m")
+        self.weights = weights
+        self.model = model
+        self._sha256: str | None = None
+        self._net: nn.Module | None = None
+
+    def to(self, device: torch.device) -> Features:
+        if self._net is not None:
+            self._net.to(device)
+        return super().to(device)
+
+    def load(self) -> None:
+        if self._net is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            net = self._pretrained() if self.weights is None else self._make()
+        if self.weights is not None:
+            from timm.models.vision_transformer import checkpoint_filter_fn
+
+            state = read_state(self.weights)
+            with suppress(Exception):  # what it cannot convert does not fit, and is named below
+                state = checkpoint_filter_fn(state, net)  # type: ignore[arg-type]
+            fit_state(net, state, self.weights, f"timm's {self.model}")
+        self._sha256 = digest(net.state_dict()) if self.weights is None else file_digest(Path(self.weights))
+        self._net = net.eval().requires_grad_(False).to(self.device)
+
+    def check(self, shape: Shape) -> None:
+        check_colours(self.name, shape)
+
+    def sizes(self, shape: Shape) -> Sizes:
+        if self._net is not None:
+            return Sizes(int(self._net.num_features))  # type: ignore[arg-type]
+        with torch.device("meta"):
+            return Sizes(int(self._make().num_features))  # type: ignore[arg-type]
+
+    def stamp(self) -> dict[str, Any]:
+        if self._sha256 is None and self.weights is not None and Path(self.weights).is_file():
+            self._sha256 = file_digest(Path(self.weights))
+        return {
+            "name": self.name,
+            "kind": f"timm's {self.model}",
+            "weights_sha256": self._sha256,
+            "input": f"{SIDE}x{SIDE}, bicubic, antialiased, clamped; ImageNet's mean and deviation",
+            "grey": "repeated to 3 channels",
+            "features": "class token after the last norm",
+        }
+
+    def _make(self, pretrained: bool = False) -> "nn.Module":
+        import timm
+
+        try:
+            return timm.create_model(self.model, pretrained=pretrained, num_classes=0, img_size=SIDE)
+        except RuntimeError as error:
+            raise ValueError(f"timm has no model={self.model} ({reason(error)})") from error
+
+    def _pretrained(self) -> "nn.Module":
+        try:
+            return self._make(pretrained=True)
+        except ValueError:
+            raise
+        except Exception as error:  # of whatever downloads
+            raise UserError(
+                f"the weights of {self.model} are not in timm's cache and could not be downloaded ({reason(error)}); "
+                "give the file with features.weights=<file>"
+            ) from error
+
+    def _compute(self, images: Tensor) -> Extracted:
+        assert self._net is not None
+        x = as_rgb(images).float().div_(255)
+        x = torch.nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+        return Extracted(self._net((x.clamp_(0, 1) - mean) / std))

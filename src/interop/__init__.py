@@ -1,0 +1,1 @@
+"""Weights of others in, and ours out: for each peer one table of names, read in both directions."""

@@ -1,0 +1,93 @@
+"""A model that lies in a file or a folder of another kind than a run's, as a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a configuration names where a file does not say it.
+PLAIN: dict[str, dict[str, Any]] = {
+    "schedule": {"_target_": "src.diffusion.schedules.Linear"},
+    "objective": {"_target_": "src.diffusion.objectives.Eps"},
+    "weighting": {"_target_": "src.diffusion.weightings.Constant"},
+    "density": {"_target_": "src.diffusion.densities.Uniform"},
+    "loss": {"_target_": "src.diffusion.losses.Simple"},
+}
+HYBRID = {"_target_": "src.diffusion.losses.Hybrid"}  # of a network with a learned variance
+OPTIONS = {  # of the groups of conf, by the class that they build
+    "Linear": "linear",
+    "ScaledLinear": "scaled_linear",
+    "Cosine": "cosine",
+    "Karras": "karras",
+    "Eps": "eps",
+    "X0": "x0",
+    "V": "v",
+    "Edm": "edm",
+    "Simple": "simple",
+    "Hybrid": "hybrid",
+    "LogNormal": "log_normal",
+    "DDPM": "ddpm",
+    "DDIM": "ddim",
+    "Heun": "heun",
+    "UNet": "unet",
+    "DiT": "dit",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of others.
+
+    Attributes:
+        parts: the nodes of a configuration that it says: model, and more of schedule, objective, loss, sampler.
+        weights: the file that the weights are in.
+        state: reads them, as the state of the network that a node of conf/model describes.
+        config: the whole configuration, where the file holds one.
+    """
+
+    parts: dict[str, dict[str, Any]]
+    weights: Path
+    state: "Callable[[dict[str, Any]], dict[str, Tensor]]"
+    config: dict[str, Any] | None = None
+
+    def as_run(self) -> dict[str, Any]:
+        """The configuration of a run that could have made it."""
+        if self.config is not None:
+            return self.config
+        model = self.parts["model"]
+        parts = {**PLAIN, **self.parts}
+        sampler = parts.setdefault("sampler", {"_target_": "src.diffusion.samplers.DDIM", "steps": None})
+        images = {"channels": model["channels"], "image_size": model["image_size"]}
+        return {
+            "name": self.weights.parent.name,
+            "seed": 0,
+            "overrides": [],
+            "choices": choices(parts),
+            **parts,
+            "sampler": sampler,
+            "data": {**images, "num_classes": model.get("num_classes") or 1},
+        }
+
+
+def choices(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The option of each group, of nodes that are of an option."""
+    names = {part: node["_target_"].rpartition(".")[2] for part, node in parts.items()}
+    return {part: OPTIONS[name] for part, name in names.items() if name in OPTIONS}
+
+
+def find(path: Path) -> Source | None:
+    """What lies at a path, when it is a folder of diffusers or a .safetensors file; None for anything else.
+
+    Raises:
+        UserError: when it is one of them, and cannot be read.
+    """
+    from src.interop import diffusers, own
+
+    if path.is_dir() and diffusers.is_folder(path):
+        return diffusers.read(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return own.read(path)
+    return None

@@ -1,0 +1,157 @@
+"""What a run trains. Each class here is an option of conf/task; everything else of training is the same for all."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from src.build import build, refusals
+from src.data.datamodule import ImageDataModule
+from src.diffusion.levels import TERMINAL_ALPHA
+from src.errors import UserError
+from src.overrides import as_override
+from src.runs import build_diffusion
+from src.training.classify import ClassifierModule
+from src.training.module import DiffusionModule
+from src.training.step import TrainingModule
+
+DEFAULT = {"_target_": "src.training.tasks.Diffusion"}  # of runs that were started before there were others
+OF_DIFFUSION = ("schedule", "objective", "weighting", "density", "loss", "sampler", "label_dropout", "offset_noise")
+
+
+class Task(Protocol):
+    """Made from the whole configuration: conf/train.yaml, composed, resolved and checked."""
+
+    def check(self, net: nn.Module) -> None:
+        """Compares the network with the task.
+
+        Raises:
+            UserError: when they do not go together.
+        """
+        ...
+
+    def check_callbacks(self, net: nn.Module, callbacks: dict[str, Any]) -> None:
+        """The same of the callbacks, by name."""
+        ...
+
+    def check_data(self, net: nn.Module, data: ImageDataModule) -> None:
+        """The same of the images."""
+        ...
+
+    def module(self, net: nn.Module, **shared: Any) -> TrainingModule:
+        """The LightningModule, given what `TrainingModule` takes."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What the user should know before it begins, a line each."""
+        ...
+
+    def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
+        """What came out, and what to do with it, at the end: the first line is of results, the last a command."""
+        ...
+
+
+class Diffusion:
+    """A diffusion model."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.diffusion = build_diffusion(config)
+        if not 0 <= config["label_dropout"] < 1:
+            raise UserError(f"label_dropout={config['label_dropout']} must lie in [0, 1)")
+        if config["offset_noise"] < 0:
+            raise UserError(f"offset_noise={config['offset_noise']} must not be negative; 0 is none, 0.1 its author's")
+
+    def check(self, net: nn.Module) -> None:
+        if getattr(net, "classifies", False):
+            raise UserError("model=classifier tells labels and makes no images; use experiment=features_mnist")
+        with refusals("model"):
+            self.diffusion.check(net)
+
+    def check_callbacks(self, net: nn.Module, callbacks: dict[str, Any]) -> None:
+        samplers = {"sampler": build(self.config["sampler"], "sampler")}
+        if "samples" in callbacks:
+            samplers["callbacks.samples"] = callbacks["samples"].sampler
+        for path, sampler in samplers.items():
+            with refusals(path):
+                sampler.path(self.diffusion.schedule)
+                sampler.check(net)
+
+    def check_data(self, net: nn.Module, data: ImageDataModule) -> None:
+        num_classes: Any = getattr(net, "num_classes", None)
+        if num_classes is not None and num_classes < data.num_classes:
+            raise UserError(
+                f"model.num_classes={num_classes} is less than data.num_classes={data.num_classes}, and every label "
+                "needs its place; set model.num_classes='${data.num_classes}'"
+            )
+
+    def module(self, net: nn.Module, **shared: Any) -> TrainingModule:
+        own = {name: self.config[name] for name in ("label_dropout", "offset_noise")}
+        return DiffusionModule(net, self.diffusion, **own, **shared)
+
+    def notes(self) -> list[str]:
+        alpha, sigma = (float(v[-1]) for v in self.diffusion.schedule.table())
+        if alpha <= TERMINAL_ALPHA * sigma:
+            return []
+        return [
+            f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, which "
+            "starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or sigma_max, "
+            "or set zero_terminal_snr=true"
+        ]
+
+    def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
+        return [
+            ", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/loss_raw", "val/loss_ema")),
+            f"  samples     {folder / 'samples' / f'step={step}.png'}",
+            f"more samples: python -m src.sample {as_override('run', folder)}",
+        ]
+
+
+class Classify:
+    """A classifier, for features=classifier.
+
+    Raises:
+        UserError: when a setting of diffusion models was given.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        given = [override for override in config["overrides"] if _key(override) in OF_DIFFUSION]
+        if given:
+            raise UserError(f"{given[0]} is of diffusion models, and task=classify trains a classifier; leave it out")
+
+    def check(self, net: nn.Module) -> None:
+        if not getattr(net, "classifies", False):
+            raise UserError(
+                f"task=classify trains model=classifier, and model is {type(net).__name__}; use "
+                "experiment=features_mnist or features_digits"
+            )
+
+    def check_callbacks(self, net: nn.Module, callbacks: dict[str, Any]) -> None:
+        if "samples" in callbacks:
+            raise UserError("callbacks.samples draws images, which a classifier does not make; set it to null")
+
+    def check_data(self, net: nn.Module, data: ImageDataModule) -> None:
+        num_classes: Any = net.num_classes
+        if num_classes < data.num_classes:
+            raise UserError(
+                f"model.num_classes={num_classes} is less than data.num_classes={data.num_classes}; leave it out"
+            )
+
+    def module(self, net: nn.Module, **shared: Any) -> TrainingModule:
+        return ClassifierModule(net, None, **shared)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
+        classifier = as_override("features.run", folder)
+        return [
+            f"{metrics['val/accuracy_ema']:.2%} of the validation images right, val/loss_ema "
+            f"{metrics['val/loss_ema']:.4f}",
+            f"score with it: python -m src.evaluate run=<run> features=classifier {classifier}",
+        ]
+
+
+def _key(override: str) -> str:
+    """schedule of schedule=cosine, schedule.beta_end=0.1 and ~schedule."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
