@@ -126,6 +126,7 @@ def _newest(scores: list[Score], run: str, notes: list[str]) -> list[Score]:
 
     A file of a checkpoint's name changes while its run is trained; numbers of two contents are no repeats.
     """
+    scores = sorted(scores, key=lambda score: score.file.stat().st_mtime)
     newest: dict[tuple[str, str, str], Score] = {}
     contents: dict[tuple[str, str], str] = {}
     for score in scores:

@@ -46,7 +46,7 @@ def _refused(path: Path) -> Job | None:
 
 
 def _planned(sweep: Path) -> list[list[str]]:
-    """The overrides of each job that Hydra's own sweeper makes of a command line; none of a search, which decides later.
+    """The overrides of each job that Hydra's own sweeper makes of a command line; none of a search, which decides late.
 
     They are the products of all lists, the last the fastest.
     """

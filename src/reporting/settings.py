@@ -2,18 +2,24 @@
 
 Runs that differ by their seed alone are repeats of one setting. Of all settings that differ, those count that somebody
 asked for (an override names them) and those that nothing else explains; what follows from them (with schedule=cosine
-comes a beta_end that nobody set) is kept apart. Where a run lies and who tracks it is no difference.
+comes a beta_end that nobody set) is kept apart. Where a run lies, who tracks it and how often it is looked at is no
+difference, nor is where the images lie that a source knows by name.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.reporting.folders import RunFolder
 
 SEED = "seed"
-NO_DIFFERENCE = ("run", "resume", "overrides", "metric", "logger", "data.dir", "data.seed")
+NO_DIFFERENCE = (
+    *("run", "resume", "overrides", "choices", "metric", "logger", "callbacks.samples", "callbacks.checkpoint"),
+    *("trainer.val_every_n_steps", "trainer.log_every_n_steps", "trainer.requeue_code"),
+)
+LONG = 44  # characters: where a label is longer, settings are numbered
+NAMED_SOURCES = ("Digits", "MNIST", "CIFAR10")  # whose images are the same in whatever folder
 MISSING = "\u2014"  # of a run whose configuration does not have the key
 
 
@@ -23,7 +29,7 @@ class Setting:
 
     Attributes:
         values: of the varied keys, in their order.
-        label: names the setting in a table or a legend.
+        label: names the setting in a table or a legend; no other has it.
     """
 
     values: tuple[Any, ...]
@@ -67,13 +73,17 @@ def compare(runs: Iterable[RunFolder]) -> Comparison:
     places: dict[tuple[str, ...], list[int]] = {}
     for i, f in enumerate(flat):
         places.setdefault(tuple(_hashable(f.get(key, MISSING)) for key in chosen), []).append(i)
-    settings = []
+    settings: list[Setting] = []
     for members in places.values():
         values = tuple(flat[members[0]].get(key, MISSING) for key in chosen)
         said = [f"{name} = {shown(value)}" for name, value in zip(short, values, strict=True)]
         label = ", ".join(said) or (runs[0].name if len(runs) == 1 else "all runs")
+        label += "" if all(label != s.label for s in settings) else f" ({len(settings) + 1})"
         ordered = sorted(members, key=lambda i: (_order(flat[i].get(SEED)), i))
         settings.append(Setting(values, label, tuple(runs[i] for i in ordered)))
+    settings.sort(key=lambda s: [_order(value) for value in s.values])
+    if any(len(s.label) > LONG for s in settings) and len(settings) > 1:
+        settings = [replace(s, label=f"setting {n}") for n, s in enumerate(settings, 1)]
     follows = {
         key: sorted({_hashable(f.get(key, MISSING)): f.get(key, MISSING) for f in flat}.values(), key=_order)
         for key in differing
@@ -85,21 +95,29 @@ def compare(runs: Iterable[RunFolder]) -> Comparison:
         follows=follows,
         seeds=len({_hashable(f.get(SEED)) for f in flat}),
         shared={key: flat[0][key] for key in keys if key not in differing and flat},
-        settings=tuple(sorted(settings, key=lambda s: [_order(value) for value in s.values])),
+        settings=tuple(settings),
     )
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration by dotted keys; a group's option stands under the group's name, as an override has it."""
     flat = {k: v for k, v in config.get("choices", {}).items() if k not in NO_DIFFERENCE}
-    for key, value in _leaves({k: v for k, v in config.items() if k != "choices"}):
-        parts = key.split(".")
-        if any(".".join(parts[:n]) in NO_DIFFERENCE for n in range(1, len(parts) + 1)):
-            continue
-        if key == "name" and value == flat.get("experiment"):
-            continue
-        flat[key] = value
+    for key, value in leaves(config).items():
+        same_as_other = (
+            any(key == name or key.startswith(f"{name}.") for name in NO_DIFFERENCE)
+            or (key == "name" and value == flat.get("experiment"))
+            or (key.endswith(".seed") and value == config.get(SEED))
+            or (key == "data.dir" and knows_its_images(config["data"]))
+        )
+        if not same_as_other:
+            flat[key] = value
     return flat
+
+
+def knows_its_images(data: dict[str, Any]) -> bool:
+    """Whether the images of a data set are the same in whatever folder they lie."""
+    source = data.get("source")
+    return isinstance(source, dict) and str(source.get("_target_")).rpartition(".")[2] in NAMED_SOURCES
 
 
 def shown(value: Any) -> str:
@@ -115,10 +133,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(node, dict) or not node:
-        return [(path, node)]
-    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
+def leaves(node: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """What nested plain values hold, by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        full = f"{path}.{key}" if path else str(key)
+        found |= leaves(value, full) if isinstance(value, dict) and value else {full: value}
+    return found
 
 
 def _named(override: str) -> str:
