@@ -75,7 +75,7 @@ def draw(chart: Chart, settings: int) -> tuple[str, bytes]:
     subtitle = _wrapped(chart.subtitle, 112)
     spec = {
         **chart.spec,
-        "layer": [layer for layer in chart.spec["layer"] if layer["mark"].get("opacity") != 0],  # no hover on paper
+        "layer": [_on_paper(layer) for layer in chart.spec["layer"] if layer["mark"].get("opacity") != 0],
         "width": WIDTH,
         "title": {"text": _wrapped(chart.title, 84), "subtitle": subtitle},
         "padding": 16,
@@ -84,6 +84,11 @@ def draw(chart: Chart, settings: int) -> tuple[str, bytes]:
     }
     svg = vl_convert.vegalite_to_svg(spec)
     return svg, vl_convert.svg_to_png(svg, scale=2)
+
+
+def _on_paper(layer: dict[str, Any]) -> dict[str, Any]:
+    """Without what answers a pointer; an opacity for each of many lines also takes seconds to paint."""
+    return {**layer, "encoding": {k: v for k, v in layer["encoding"].items() if k not in ("opacity", "tooltip")}}
 
 
 def _spread(ramp: list[str], number: int) -> list[str]:

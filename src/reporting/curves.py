@@ -48,7 +48,10 @@ def seconds(run: RunFolder, steps: list[float]) -> list[float]:
     at, known = run.metrics.curve("system/wall_seconds")
     if not at:
         at, known = _estimated(run)
-    return [_between(step, at, known) for step in steps]
+    if not at:
+        return [math.nan] * len(steps)
+    xs, ys = [0.0, *at], [0.0, *known]
+    return [_between(step, xs, ys) for step in steps]
 
 
 def is_estimated(run: RunFolder) -> bool:
@@ -67,14 +70,11 @@ def _estimated(run: RunFolder) -> tuple[list[float], list[float]]:
     return at, known
 
 
-def _between(step: float, at: list[float], known: list[float]) -> float:
-    """The straight line through (0, 0) and the given points, which rise; beyond the last, on at its slope."""
-    if not at:
-        return math.nan
-    xs, ys = [0.0, *at], [0.0, *known]
-    right = min(max(1, bisect_left(xs, step)), len(xs) - 1)
+def _between(x: float, xs: list[float], ys: list[float]) -> float:
+    """At x, the straight lines through points whose x rise; beyond the last, on at its slope."""
+    right = min(max(1, bisect_left(xs, x)), len(xs) - 1)
     x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
-    return y0 + (y1 - y0) * (step - x0) / (x1 - x0)
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def by_level(comparison: Comparison, notes: list[str]) -> list[Row]:

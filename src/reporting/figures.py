@@ -10,6 +10,7 @@ from src.reporting.scores import Column
 from src.reporting.settings import Comparison, is_number, shown
 
 MOST_SCORES = 8  # that get a chart
+FAR = 25.0  # in ln SNR
 Rows = list[dict[str, Any]]
 
 
@@ -64,7 +65,11 @@ def _score(comparison: Comparison, column: Column, number: int) -> Chart | None:
     of = {row["error"] is None for row in rows}
     bars = "" if of == {True} else "Bars: one standard error either way. "
     dots = "Small dots: single runs." if single else ""
-    question = f"How does {column.title} depend on {title}?" if key is not None else f"What is {column.title}?"
+    question = (
+        f"How does {column.title} depend on {title}?"
+        if key is not None
+        else f"How do the settings compare in {column.title}?"
+    )
     safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in column.title)[:60]
     return Chart(
         f"score_{safe}", question, f"{better}{many}{bars}{dots}".strip(), spec, {"means": rows, "runs": single}
@@ -95,7 +100,9 @@ def _dots(
         x = alt.X("x", type="quantitative", title=x_title, scale=alt.Scale(type=kind, zero=False, padding=24))
     else:
         x = alt.X("x", type="nominal", title=x_title, sort=list(dict.fromkeys(xs)), axis=alt.Axis(labelAngle=0))
-    y = alt.Y("mean", type="quantitative", title=y_title, scale=alt.Scale(zero=False, padding=12))
+    ends = [row[end] for row in (*rows, *single) for end in ("mean", "low", "high", "value") if end in row]
+    scale = _scale(ends, padding=12)
+    y = alt.Y("mean", type="quantitative", title=y_title, scale=scale)
     labels = list(dict.fromkeys(row["setting"] for row in rows))
     look: dict[str, Any] = {"color": colour(labels, ordered, legend=coloured)}
     line: dict[str, Any] = look if coloured else {"color": alt.value(_NEUTRAL)}
@@ -112,7 +119,7 @@ def _dots(
     ]
     layers = []
     if any(row["error"] is not None for row in rows):
-        low = alt.Y("low", type="quantitative", title=y_title, scale=alt.Scale(zero=False, padding=12))
+        low = alt.Y("low", type="quantitative", title=y_title, scale=scale)
         layers.append(means.mark_rule(clip=True, strokeWidth=1.6).encode(x=x, y=low, y2="high:Q", **look))
     if numeric:
         layers.append(means.mark_line(clip=True, strokeWidth=1.2, opacity=0.5).encode(x=x, y=y, **line))
@@ -180,8 +187,17 @@ def _y(rows: Rows, title: str) -> alt.Y:
     """Logarithmic where the values span more than a decade."""
     values = [row["value"] for row in rows if row["value"] is not None]
     log = min(values) > 0 and max(values) / min(values) > 10
-    scale = alt.Scale(type="log" if log else "linear", zero=False, nice=not log)
+    scale = alt.Scale(type="log", nice=False) if log else _scale(values)
     return alt.Y("value", type="quantitative", title=title, scale=scale)
+
+
+def _scale(values: list[float], **further: Any) -> alt.Scale:
+    """Linear, about the values, also where they are all the same, of which Vega makes an axis of its own."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = 0.05 * abs(low) or 1.0
+        return alt.Scale(zero=False, domain=[low - room, low + room])
+    return alt.Scale(zero=False, **further)
 
 
 def _unit(seconds: float) -> tuple[str, float]:
@@ -194,7 +210,8 @@ def _levels(comparison: Comparison, labels: list[str], ordered: bool, notes: lis
     value = alt.Tooltip("value", type="quantitative", title="loss", format=".4g")
     rows = by_level(comparison, notes)
     if rows:
-        x = alt.X("log_snr", type="quantitative", title="ln SNR (from clean to noise)", scale=alt.Scale(reverse=True))
+        scale = _of_log_snr(rows, reverse=True)
+        x = alt.X("log_snr", type="quantitative", title="ln SNR (from clean to noise)", scale=scale)
         place = [
             alt.Tooltip("log_snr", type="quantitative", title="ln SNR", format=".2f"),
             alt.Tooltip("u", type="quantitative", title="share of the schedule", format=".3f"),
@@ -239,10 +256,18 @@ def _schedules(comparison: Comparison, labels: list[str], ordered: bool, notes: 
         *(("alpha_bar", "alpha bar", "How much of the image is left at each time?", _ALPHA_BAR),),
         *(("log_snr", "ln SNR", "How do the schedules compare by signal-to-noise ratio?", _LOG_SNR),),
     ):
-        y = alt.Y(name, type="quantitative", title=title, scale=alt.Scale(zero=name == "alpha_bar"))
+        scale = alt.Scale(zero=True) if name == "alpha_bar" else _of_log_snr(rows)
+        y = alt.Y(name, type="quantitative", title=title, scale=scale)
         spec = curves("schedules", x, y, own, ordered and same, tooltip, detail=None)
         charts.append(Chart(f"schedule_{name}", question, how, spec, {"schedules": rows}))
     return charts
+
+
+def _of_log_snr(rows: Rows, **further: Any) -> alt.Scale:
+    """From the least ln SNR to the largest, as far as a network could tell the difference; the rest is a zoom away."""
+    values = [row["log_snr"] for row in rows if row["log_snr"] is not None]
+    low, high = max(min(values, default=0.0), -FAR), min(max(values, default=1.0), FAR)
+    return alt.Scale(domain=[low, high], nice=True, **further)
 
 
 _NEUTRAL = "#8b949e"  # a line that joins settings, on light and on dark

@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> Metrics:
     bad = sorted(
         name
         for name, values in cells.items()
-        if name.startswith(("train/loss", "val/", "score/"))
+        if (name == "train/loss" or name.startswith(("val/", "score/")))
         and any(v is not None and not math.isfinite(v) for v in values)
     )
     if bad:

@@ -1,22 +1,23 @@
 """Pictures for the page: grids of samples at several times of training, and what else lies in a run's folder.
 
 A grid was written enlarged by a whole factor; the page gets the pixels themselves, and enlarges them by whole factors
-again, so that every pixel of a sample is a square. Where all grids together are too large for one page, fewer times of
-training are shown, evenly chosen, the first and the last among them.
+again, so that every pixel of a sample is a square. Where all grids together are too large for one page, it gets their
+upper rows, and fewer times of training, evenly chosen, the first and the last among them.
 """
 
 import base64
 import io
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from src.reporting.folders import RunFolder
 from src.shapes import as_pair
 
-GRIDS = 11_000_000  # bytes of all grids of a page, before they become text and a third more
-OTHERS = 4_000_000  # and of all other pictures
+GRIDS = 12_000_000  # bytes of all grids of a page, before they become text and a third more
+OTHERS = 3_000_000  # and of all other pictures
 TIMES = 40  # of training at most,
-FRAMES = 300  # and grids of all runs together
+FRAMES = 300  # and grids of all runs together;
+ENOUGH = 6  # times of training, for which rows of the grids are given up
 KINDS = {  # what is looked for in a run's folder, and what it shows
     "trajectory.gif": "Denoising: noise becomes images",
     "trajectory.png": "Denoising, step by step: x_t above the x0 that is predicted from it",
@@ -55,25 +56,21 @@ class Grids:
 
 def grids(runs: list[RunFolder], notes: list[str]) -> list[Grids]:
     """The grids of all runs that have any; what had to be left out is said in notes."""
+    runs = [run for run in runs if run.samples]
     steps = sorted({step for run in runs for step in run.samples})
-    found: dict[tuple[str, int], bytes] = {}
-    kept = _fewer(steps, max(1, min(len(steps), TIMES, FRAMES // max(1, len(runs))))) if steps else []
-    sizes: dict[tuple[str, int], int] = {}
-    while kept:
-        for run in runs:
-            for step in kept:
-                if step in run.samples and (run.name, step) not in sizes:
-                    found[run.name, step] = _native(run, run.samples[step], notes)
-                    sizes[run.name, step] = len(found[run.name, step])
-        total = sum(sizes.get((run.name, step), 0) for run in runs for step in kept)
-        if total <= GRIDS or len(kept) == 1:
-            break
-        kept = _fewer(steps, max(1, min(len(kept) - 1, int(len(kept) * GRIDS / total))))
+    if not steps:
+        return []
+    last = sum(len(_grid(run, max(run.samples), 1.0, [])) for run in runs)
+    most = max(1, min(len(steps), TIMES, FRAMES // len(runs)))
+    share = next((s for s in (1.0, 0.5) if GRIDS / (s * max(last, 1)) >= min(most, ENOUGH)), 0.25)
+    kept = _fewer(steps, max(1, min(most, int(GRIDS / (share * max(last, 1))))))
+    found = {(run.name, step): _grid(run, step, share, notes) for run in runs for step in kept if step in run.samples}
+    while len(kept) > 1 and sum(len(found.get((run.name, step), b"")) for run in runs for step in kept) > GRIDS:
+        kept = _fewer(kept, len(kept) - 1)
     if len(kept) < len(steps):
-        notes.append(
-            f"grids of {len(kept)} of {len(steps)} steps are shown, evenly chosen, so that the page stays small; the "
-            "others are in samples/ of each run"
-        )
+        notes.append(f"Of {len(steps)} times of training the grids of {len(kept)} are in this page, evenly chosen")
+    if share < 1:
+        notes.append("Of each grid the upper rows alone are in this page, so that it stays small")
     made = []
     for run in runs:
         frames = {step: _picture(data) for step in kept if (data := found.get((run.name, step)))}
@@ -114,11 +111,15 @@ def _fewer(steps: list[int], number: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (number - 1))] for i in range(number)]
 
 
-def _native(run: RunFolder, path: Path, notes: list[str]) -> bytes:
-    """A PNG of the grid as it was before it was enlarged; of a file that cannot be read nothing, and a note."""
+def _grid(run: RunFolder, step: int, share: float, notes: list[str]) -> bytes:
+    """A PNG of a grid as it was before it was enlarged, or of a share of its rows, at least two.
+
+    Of a file that cannot be read nothing, and a note.
+    """
     import numpy as np
     from PIL import Image
 
+    path = run.samples[step]
     try:
         with Image.open(path) as image:
             image.load()
@@ -126,9 +127,15 @@ def _native(run: RunFolder, path: Path, notes: list[str]) -> bytes:
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow says of a damaged file
         notes.append(f"{run.name}: samples/{path.name} cannot be read ({error})")
         return b""
-    factor = _enlarged(array, as_pair(run.config["data"]["image_size"])[0])
+    height = as_pair(run.config["data"]["image_size"])[0]
+    factor = _enlarged(array, height)
+    array = array[::factor, ::factor]
+    gap = max(1, height // 14)  # of src.pictures.grid
+    rows = (array.shape[0] - gap) // (height + gap)
+    if share < 1 and rows > 2:
+        array = array[: max(2, math.ceil(rows * share)) * (height + gap) + gap]
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array[::factor, ::factor])).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", compress_level=4)
     return buffer.getvalue()
 
 

@@ -8,7 +8,7 @@ from src.reporting.evaluations import Score
 from src.reporting.folders import RunFolder
 from src.reporting.scores import Column, protocols_differ
 from src.reporting.settings import shown
-from src.reporting.text import listed
+from src.reporting.text import few, listed
 
 
 def provenance(runs: list[RunFolder], evaluations: dict[str, list[Score]], columns: list[Column]) -> list[str]:
@@ -19,7 +19,7 @@ def provenance(runs: list[RunFolder], evaluations: dict[str, list[Score]], colum
         _differ("The runs were trained with different code: {}.", trained, lambda s: _commit(s.get("git_commit"))),
         *_versions("The runs were trained with different versions of", trained),
         _differ(
-            "The runs were trained on different devices, and their speeds and times do not compare: {}.",
+            "Speeds and times do not compare, for the runs had different devices or precisions: {}.",
             trained,
             lambda s: f"{s.get('world_size', 1)} x {s.get('device')}, {s.get('precision')}",
         ),
@@ -52,7 +52,7 @@ def _differ(sentence: str, of: Iterable[tuple[str, dict[str, Any]]], what: Calla
             names.append(name)
     if len(who) < 2:
         return ""
-    return sentence.format("; ".join(f"{value} ({_few(names)})" for value, names in who.items()))
+    return sentence.format("; ".join(f"{value} ({few(names)})" for value, names in who.items()))
 
 
 def _versions(start: str, of: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -75,7 +75,3 @@ def _commit(commit: str | None) -> str:
     if commit is None:
         return "no commit"
     return commit[:8] + ("+dirty" if commit.endswith("+dirty") else "")
-
-
-def _few(names: list[str]) -> str:
-    return listed(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -9,7 +9,7 @@ from src.files import replacing, shown
 from src.reporting.charts import draw
 from src.reporting.evaluations import gather
 from src.reporting.figures import figures
-from src.reporting.folders import find_runs, read_runs
+from src.reporting.folders import RunFolder, find_runs, read_runs
 from src.reporting.jobs import Job, jobs_without_run
 from src.reporting.page import Content, page
 from src.reporting.pictures import grids, others
@@ -17,7 +17,7 @@ from src.reporting.provenance import provenance, same_images
 from src.reporting.scores import columns
 from src.reporting.settings import compare
 from src.reporting.tables import runs_csv, scores_csv
-from src.reporting.text import counted
+from src.reporting.text import counted, grouped
 from src.reporting.verdict import standing, verdict
 
 PAGE, SCORES, RUNS, FIGURES = "report.html", "report.csv", "runs.csv", "figures"
@@ -36,8 +36,9 @@ def make(folders: Sequence[Path], evaluations: Sequence[Path], out: Path) -> Non
     runs, jobs, notes = _read(folders)
     scores, left_out = gather(runs, list(evaluations))
     comparison = compare(runs)
+    runs = [run for setting in comparison.settings for run in setting.runs]
     table = columns(comparison, scores)
-    notes += [f"{run.name}: {note}." for run in runs for note in run.notes]
+    notes += [f"{note}." for note in grouped((run.name, note) for run in runs for note in run.notes)]
     notes += [f"{note}." for note in left_out]
     drawn: list[str] = []
     charts = figures(comparison, table, drawn)
@@ -71,7 +72,7 @@ def make(folders: Sequence[Path], evaluations: Sequence[Path], out: Path) -> Non
         print(f"  {shown(out / name)}")
 
 
-def _read(folders: Sequence[Path]):  # type: ignore[no-untyped-def]
+def _read(folders: Sequence[Path]) -> tuple[list[RunFolder], list[Job], list[str]]:
     """The runs in the folders, jobs without one, and notes on what could not be read."""
     paths: list[Path] = []
     jobs: list[Job] = []

@@ -11,8 +11,8 @@ from src.reporting import markup
 from src.reporting.folders import RunFolder
 from src.reporting.jobs import Job
 from src.reporting.scores import Column
-from src.reporting.settings import Comparison, Setting, is_number, shown
-from src.reporting.text import amount, decimals, duration, number
+from src.reporting.settings import MISSING, Comparison, Setting, is_number, shown
+from src.reporting.text import amount, decimals, duration, error, number
 
 COSTS = {  # of summary.json: title, and how a value is said
     "images_per_second": ("images/s", lambda v: number(v, 0 if v >= 100 else 1)),
@@ -28,7 +28,8 @@ def scores_table(comparison: Comparison, columns: Sequence[Column]) -> str:
     labelled = any(s.label.startswith("setting ") for s in comparison.settings)
     names = ["setting", *comparison.short] if labelled or not comparison.short else list(comparison.short)
     numeric = [False] * (len(names) - len(comparison.short)) + [
-        all(is_number(s.values[i]) for s in comparison.settings) for i in range(len(comparison.short))
+        all(is_number(s.values[i]) or s.values[i] == MISSING for s in comparison.settings)
+        for i in range(len(comparison.short))
     ]
     heads = [markup.Head(names[0])]
     heads += [markup.Head(n, "num" if is_num else "") for n, is_num in list(zip(names, numeric, strict=True))[1:]]
@@ -40,7 +41,7 @@ def scores_table(comparison: Comparison, columns: Sequence[Column]) -> str:
         own = [setting.label] if len(names) > len(comparison.short) else []
         cells = [markup.text_cell(name) for name in own]
         for value in setting.values:
-            cells.append(_value(value, bool(cells)))
+            cells.append(_value(value, numeric[len(cells)], bool(cells)))
         finished = sum(run.state == "finished" for run in setting.runs)
         count = str(len(setting.runs)) if finished == len(setting.runs) else f"{finished} of {len(setting.runs)}"
         cells.append(markup.number_cell(count, float(len(setting.runs))))
@@ -51,9 +52,9 @@ def scores_table(comparison: Comparison, columns: Sequence[Column]) -> str:
     return markup.table("table-scores", _caption(columns), heads, rows)
 
 
-def _value(value: Any, later: bool) -> markup.Cell:
-    if is_number(value):
-        return markup.number_cell(escape(shown(value)), float(value), "num" if later else "")
+def _value(value: Any, numeric: bool, later: bool) -> markup.Cell:
+    if numeric:
+        return markup.number_cell(shown(value), float(value) if is_number(value) else None, "num" if later else "")
     return markup.text_cell(shown(value))
 
 
@@ -65,7 +66,7 @@ def _score(setting: Setting, column: Column, places: int | None, marks: bool) ->
         return markup.number_cell(f'<span class="faint">\u2014</span>{mark}', None)
     html = number(cell.mean, places)
     if cell.error is not None:
-        html += f' <span class="error" title="over {escape(cell.of)}">\u00b1 {number(cell.error, places)}</span>'
+        html += f' <span class="error" title="over {escape(cell.of)}">\u00b1 {escape(error(cell.error, places))}</span>'
     if cell.n < cell.expected:
         html += f' <span class="error">({cell.n} of {cell.expected} runs)</span>'
     return markup.number_cell(html + mark, cell.mean, "num best" if setting.label in column.best else "num")

@@ -1,6 +1,7 @@
 """Numbers as a reader wants them: as many digits as are known, and units that need few of them."""
 
 import math
+from collections.abc import Iterable
 
 FEW, MANY = 1e-4, 1e6  # outside, numbers are written with exponents
 
@@ -29,6 +30,13 @@ def number(value: float, places: int | None = None) -> str:
     if value and not FEW <= abs(value) < MANY:
         return f"{value:.3e}"
     return f"{value:,.{max(0, 3 - _magnitude(value))}f}" if value else "0"
+
+
+def error(value: float, places: int | None = None) -> str:
+    """An error with so many digits after the point; of one too small for them, that it is."""
+    if places is not None and 0 < value < 0.5 * 10**-places:
+        return f"<{10**-places:.{places}f}"
+    return number(value, places)
 
 
 def duration(seconds: float) -> str:
@@ -62,3 +70,16 @@ def counted(count: int, noun: str) -> str:
 
 def _magnitude(value: float) -> int:
     return math.floor(math.log10(abs(value)))
+
+
+def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Each sentence once, after the names that it is said of: `1, 2 and 3 others: ...`."""
+    who: dict[str, list[str]] = {}
+    for name, note in notes:
+        who.setdefault(note, []).append(name)
+    return [f"{few(names)}: {note}" for note, names in who.items()]
+
+
+def few(names: list[str]) -> str:
+    """All of a few names, or the first of many and how many there are."""
+    return listed(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} others"

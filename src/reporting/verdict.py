@@ -5,7 +5,7 @@ import math
 from src.reporting.jobs import Job
 from src.reporting.scores import LOSSES, Cell, Column
 from src.reporting.settings import Comparison
-from src.reporting.text import counted, decimals, listed, number
+from src.reporting.text import counted, decimals, error, listed, number
 
 
 def verdict(comparison: Comparison, columns: list[Column]) -> list[str]:
@@ -33,7 +33,8 @@ def _ranking(column: Column) -> list[str]:
     places = decimals([(cell.mean, cell.error) for _, cell in given if cell.mean is not None])
     extreme = "lowest" if column.better == "lower" else "highest"
     best = column.cells[column.best[0]]
-    said = [f"{_start(column.title)} is {extreme} with {listed(list(column.best))}: {_number(best, places)}."]
+    among = "" if len(given) == len(column.cells) else f", of the {len(given)} settings that have one,"
+    said = [f"{_start(column.title)} is {extreme}{among} with {listed(list(column.best))}: {_number(best, places)}."]
     others = [(label, cell) for label, cell in given if label not in column.best]
     behind = [(label, cell) for label, cell in others if sign * (cell.mean or 0.0) > sign * (best.mean or 0.0)]
     if behind:
@@ -43,9 +44,9 @@ def _ranking(column: Column) -> list[str]:
         difference = abs(second.mean - best.mean)
         said.append(f"Next comes {label} with {_number(second, places)}.")
         if best.error is not None and second.error is not None:
-            error = math.hypot(best.error, second.error)
-            ratio = f", {difference / error:.1f} standard errors" if error else ""
-            said.append(f"They differ by {_pm(difference, error, places)}{ratio}.")
+            both = math.hypot(best.error, second.error)
+            ratio = f", {difference / both:.1f} standard errors" if both else ""
+            said.append(f"They differ by {_pm(difference, both, places)}{ratio}.")
             if min(best.n, second.n) == 2 and "training seeds" in (best.of, second.of):
                 said.append("Two seeds are few: the errors themselves are known only roughly.")
         else:
@@ -75,8 +76,8 @@ def _number(cell: Cell, places: int | None) -> str:
     return _pm(cell.mean, cell.error, places) + runs
 
 
-def _pm(value: float, error: float | None, places: int | None) -> str:
-    return number(value, places) + ("" if error is None else f" ± {number(error, places)}")
+def _pm(value: float, uncertainty: float | None, places: int | None) -> str:
+    return number(value, places) + ("" if uncertainty is None else f" ± {error(uncertainty, places)}")
 
 
 def _start(text: str) -> str:
