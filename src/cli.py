@@ -63,7 +63,7 @@ Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
 
 
-def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[], None]:
+def command(name: str, schema: type, task: Task, inherit: Inherit | None) -> Callable[[], None]:
     """The entry point of `python -m src.<name>`.
 
     Args:
@@ -71,7 +71,7 @@ def command(name: str, schema: type, task: Task, inherit: Inherit) -> Callable[[
         schema: a class whose constructor names and types the keys at the configuration's root.
         task: is called once a job with the configuration and the job's folder, which exists.
         inherit: the overrides to put before the user's, given the configuration of the run that `run=` names and
-            the user's overrides.
+            the user's overrides; None where `run=` names something to look at, which brings no settings along.
     """
     job = functools.partial(_job, task, schema)
     functools.update_wrapper(job, task)
@@ -198,7 +198,7 @@ def _one_sweep_folder(overrides: list[str]) -> list[str]:
     return ["hydra.sweep.dir=outputs/multirun/experiments/${now:%Y-%m-%d_%H-%M-%S-%f}"]
 
 
-def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
+def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
     """argv with the overrides that `run=` brings put in front.
 
     Raises:
@@ -206,7 +206,7 @@ def _with_inherited(argv: list[str], inherit: Inherit) -> list[str]:
     """
     overrides = [argument for argument in argv if not argument.startswith("-")]
     texts = [override for override in overrides if override.lstrip("+").startswith("run=")]
-    if not texts:
+    if not texts or inherit is None:
         return argv
     override = OverridesParser.create().parse_override(texts[-1].lstrip("+"))
     if override.is_sweep_override():

@@ -45,6 +45,11 @@ def option(group: str, name: str) -> dict[str, Any]:
     return {key: value for part in parts for key, value in (plain if part == "_self_" else option(group, part)).items()}
 
 
+def shell_command(name: str, overrides: list[str]) -> str:
+    """`python -m src.<name> <overrides>` as a shell reads it."""
+    return shlex.join(["python", "-m", f"src.{name}", *overrides])
+
+
 def same_job(name: str, out: Path) -> list[str]:
     """The command line of the job that Hydra runs now, also one of a sweep, as a single job in the folder `out`."""
     from hydra.core.hydra_config import HydraConfig

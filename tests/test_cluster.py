@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import slurm
+from tests.warm_python import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["experiment=smoke", "trainer.max_steps=10", "trainer.val_every_n_steps=10", "callbacks.samples=null"]
@@ -22,15 +23,15 @@ SMOKE = ["experiment=smoke", "trainer.max_steps=10", "trainer.val_every_n_steps=
 def cluster(tmp_path):
     """An environment for subprocesses with the commands of Slurm on its PATH, its state's folder, and its first id."""
     state, first = slurm.install(tmp_path / "bin")
-    python = Path(sys.executable).parent
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    path = f"{tmp_path / 'bin'}:{python}:{kept['PATH']}"
-    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, state, first
+    with interpreter(tmp_path / "warm") as python:
+        path = f"{tmp_path / 'bin'}:{python.parent}:{kept['PATH']}"
+        yield {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, state, first
 
 
 def train(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "src.train", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    python = shutil.which("python", path=env["PATH"])
+    return subprocess.run([python, "-m", "src.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def steps(run: Path) -> int:
@@ -56,8 +57,9 @@ def test_srun_makes_one_run(cluster, tmp_path, kind):
     if kind == "real":
         if not has_slurm():
             pytest.skip("there is no Slurm here")
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["srun", "-n", "2", sys.executable, "-m", "src.train", *SMOKE]
+        python = Path(sys.executable).parent
+        env = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["srun", "-n", "2", "python", "-m", "src.train", *SMOKE]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "outputs" / "smoke").iterdir()

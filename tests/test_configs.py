@@ -178,13 +178,13 @@ def test_a_run_folder_is_named_by_experiment_and_time():
     assert Path(config.hydra.sweep.dir).parts[:3] == ("outputs", "multirun", "smoke")
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "edit", "preview", "evaluate", "ema"])
+@pytest.mark.parametrize("name", ["train", "sample", "edit", "preview", "evaluate", "ema", "convert", "export"])
 def test_help_names_the_groups_that_the_command_takes(command, name):
     """Catches a --help that offers groups which the command then refuses."""
     outcome = command(name, "--help")
     assert outcome.code == 0, outcome.err
     offered = {line.partition(":")[0] for line in outcome.out.splitlines()} & set(GROUPS)
-    defaults = OmegaConf.load(CONF / ("train.yaml" if name == "preview" else f"{name}.yaml")).defaults
+    defaults = OmegaConf.load(CONF / ("train.yaml" if name in ("preview", "convert") else f"{name}.yaml")).defaults
     taken = {next(iter(entry)) for entry in defaults if OmegaConf.is_dict(entry)} & set(GROUPS)
     assert offered == taken
     assert outcome.out.partition("Examples:")[2].count(f"python -m src.{name}") >= 3

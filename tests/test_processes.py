@@ -124,3 +124,7 @@ def test_a_launcher_has_counted_already(monkeypatch):
     done: list[Group] = []
     on_devices(done.append, lambda: ["again"], 1, "cpu")
     assert done == [ALONE]
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.warm import TORCHRUN, finish, start, wait_for
+
 FILES = ["grid.png", "samples.npz", "trajectory.gif", "trajectory.png"]
 
 
@@ -115,19 +115,14 @@ def test_sample_i_does_not_depend_on_the_number_of_processes(command, smoke_run,
     arguments = ["num_samples=71", "batch_size=64", "sampler.steps=5", "trajectory=true", "seed=3"]
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert command("sample", f"run={smoke_run}", f"out={one}", *arguments).code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*torchrun, "-m", "src.sample", f"run={smoke_run}", f"out={two}", *arguments, "devices=7"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
-    )
-    assert result.returncode == 0, result.stderr
+    log = tmp_path / "log"
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    under = {"command": "sample", "launcher": TORCHRUN, "env": env, "output": log}
+    assert finish(f"run={smoke_run}", f"out={two}", *arguments, "devices=7", **under) == 0, log.read_text()
+    said = log.read_text()
     outcome = command("sample", f"run={smoke_run}", f"out={three}", *arguments, "devices=3", "batch_size=9")
     assert outcome.code == 0, outcome.err
-    for folder, out, err in ((two, result.stdout, result.stderr), (three, outcome.out, outcome.err)):
+    for folder, out, err in ((two, said, said), (three, outcome.out, outcome.err)):
         assert sorted(path.name for path in folder.iterdir()) == FILES
         assert all((folder / name).read_bytes() == (one / name).read_bytes() for name in FILES)
         assert out.count("71 samples of") == out.count(f"{folder / 'grid.png'}") == 1
@@ -139,16 +134,18 @@ def test_fewer_samples_than_processes_with_labels(command, tmp_path):
     assert command("train", "experiment=smoke", "model.num_classes=10", "trainer.max_steps=1", f"hydra.run.dir={run}")
     arguments = [f"run={run}", "labels=[3,7]", "batch_size=1", "sampler.steps=3"]
     for devices in (1, 3):
-        outcome = command("sample", *arguments, f"out={tmp_path / str(devices)}", f"devices={devices}")
-        assert outcome.code == 0, outcome.err
+        out, log = tmp_path / str(devices), tmp_path / "log"
+        code = finish(*arguments, f"out={out}", f"devices={devices}", command="sample", output=log)
+        assert code == 0, log.read_text()
     one, three = (np.load(tmp_path / devices / "samples.npz") for devices in "13")
     np.testing.assert_array_equal(one["arr_0"], three["arr_0"])
     assert three["arr_1"].tolist() == [3, 7]
 
 
-def test_a_sweep_over_devices(command, smoke_run, tmp_path):
+def test_a_sweep_over_devices(smoke_run, tmp_path):
     arguments = [f"run={smoke_run}", "devices=1,2", "sampler.steps=2", "num_samples=40", f"hydra.sweep.dir={tmp_path}"]
-    assert command("sample", "-m", *arguments).code == 0
+    log = tmp_path / "log"
+    assert finish("-m", *arguments, command="sample", output=log) == 0, log.read_text()
     assert (tmp_path / "0" / "samples.npz").read_bytes() == (tmp_path / "1" / "samples.npz").read_bytes()
 
 
@@ -159,17 +156,12 @@ def test_broken_weights_end_all_processes(smoke_run, tmp_path, how):
     checkpoint = torch.load(path, weights_only=True)
     next(iter(checkpoint["ema"].values())).fill_(float("nan"))
     torch.save(checkpoint, path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if how == "torchrun" else []
+    launcher = TORCHRUN if how == "torchrun" else ()
     arguments = [f"run={run}", f"out={out}", "num_samples=40", "sampler.steps=2", "devices=2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "src.sample", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == (1 if how == "torchrun" else 2)
-    assert result.stderr.count("error: the samples hold NaN or infinity; the weights in") == 1
+    log = tmp_path / "log"
+    code = finish(*arguments, command="sample", launcher=launcher, output=log)
+    assert code == (1 if how == "torchrun" else 2)
+    assert log.read_text().count("error: the samples hold NaN or infinity; the weights in") == 1
     assert not out.exists()
 
 
@@ -188,3 +180,27 @@ def test_devices_that_there_are_not(command, smoke_run, tmp_path, monkeypatch, a
     assert outcome.code == 2
     assert f"error: {sentence}" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_was_killed_goes_on_where_it_was(command, smoke_run, tmp_path):
+    """To the bit, in other batches; what was half written at the kill is no shard."""
+    settings = [f"run={smoke_run}", "sampler=ddpm", "sampler.steps=50", "num_samples=96"]
+    out = tmp_path / "killed"
+    process = start(*settings, "batch_size=4", f"out={out}", output=tmp_path / "log", command="sample")
+    wait_for(lambda: len(list(out.glob("shards/*.npz"))) >= 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    there = len(list(out.glob("shards/*.npz")))
+    assert not (out / "samples.npz").exists()
+
+    refused = command("sample", *settings, f"out={out}", "seed=1")
+    assert refused.code == 2
+    assert "holds a part of other samples (seed differ)" in refused.err
+    outcome = command("sample", *settings, f"out={out}")
+    assert outcome.code == 0, outcome.err
+    assert f"{4 * there} of 96 samples are there already" in outcome.out
+    whole = command("sample", *settings, f"out={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.err
+    assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "samples.npz"]

@@ -8,15 +8,16 @@ begins with `python -m`.
 import atexit
 import contextlib
 import gc
-import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,8 +26,8 @@ from typing import Any, NoReturn
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        *("src.train", "src.training.fit", "src.training.checkpoint", "src.training.samples", "src.models.unet"),
-        *("src.sample", "src.evaluation.sampling", "torch.distributed.run", "sklearn.datasets", "tests.faults"),
+        *("src.cli", "src.training.fit", "src.training.checkpoint", "src.training.samples", "src.models.unet"),
+        *("src.evaluation.sampling", "torch.distributed.run", "sklearn.datasets", "tests.faults"),
         *("hydra_plugins.hydra_joblib_launcher.joblib_launcher", "hydra_plugins.hydra_submitit_launcher.config"),
     ]
 )
@@ -62,7 +63,8 @@ def main(words: list[str]) -> None:
     """What `python <words>` does, for -m <module> <arguments>."""
     _, module, *arguments = words
     sys.argv = [module, *arguments]
-    importlib.import_module(module).main()
+    warnings.filterwarnings("ignore", message=".*found in sys.modules")  # of runpy, for what the server has imported
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def finish(*arguments: str, output: Path, timeout: float = 300, **settings: Any) -> int:

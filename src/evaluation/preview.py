@@ -33,10 +33,11 @@ from src.diffusion.levels import TERMINAL_ALPHA, Level, Schedule
 from src.diffusion.oracle import Mixture
 from src.diffusion.schedules import BetaRange, DiscreteSchedule
 from src.errors import UserError
+from src.evaluation.cost import Cost, cost
 from src.files import replacing
 from src.pictures import to_uint8
 from src.randomness import generator, mix
-from src.runs import refuse_classifier
+from src.runs import image_shape, refuse_classifier
 
 COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
 ORACLE_IMAGES = 2000  # at most, that the finite set consists of
@@ -46,6 +47,7 @@ DRAWS = 2**20  # of training's noise levels: the share of a bin of 2% is known t
 BINS = 50
 ROWS = 101  # of the curves in preview.json
 COLUMNS = 11  # of dissolving images
+ORACLE = "src.evaluation.oracle.Oracle"
 
 # What looks wrong.
 #
@@ -185,6 +187,9 @@ def look(config: dict[str, Any], out: Path) -> None:
     if not 1 <= config["num_images"] <= 32:
         raise UserError(f"num_images={config['num_images']} must lie between 1 and 32, the rows of a picture")
     refuse_classifier(config)
+    network = config["model"] if config["model"].get("_target_") != ORACLE else None  # which costs what the data is
+    batch, shape = config["data"].get("batch_size"), image_shape(config)
+    price = None if network is None else cost(network, shape, batch or 1)
     parts = [build(config[part], part) for part in PARTS]
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
@@ -215,6 +220,7 @@ def look(config: dict[str, Any], out: Path) -> None:
             "variance": spectrum.variance,
         },
         "sentences": sentences,
+        "network": None if price is None else {**price._asdict(), "batch_size": batch},
         **_described(curves, finite, training),
     }
     draw(title, sentences, strip, curves, finite, training, out / "preview.png")
@@ -222,8 +228,18 @@ def look(config: dict[str, Any], out: Path) -> None:
         temporary.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
     for sentence in sentences:
         print(sentence["sentence"])
+    if network is not None and price is not None:
+        print(_priced(str(network["_target_"]).rpartition(".")[2], price, batch))
     for name in ("preview.png", "preview.json"):
         print(f"  {out / name}")
+
+
+def _priced(name: str, price: Cost, batch: int) -> str:
+    """What the network costs, in a sentence."""
+    return (
+        f"Network: {name}, {price.parameters:,} parameters, {price.flops_per_image / 1e9:.3g} GFLOPs an image; a "
+        f"training step of {batch} images keeps {price.activation_bytes / 2**30:.3g} GiB of activations in float32."
+    )
 
 
 def measure(diffusion: GaussianDiffusion, spectrum: Spectrum) -> Curves:

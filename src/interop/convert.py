@@ -10,14 +10,13 @@ from src.build import build, check, refusals
 from src.errors import UserError
 from src.interop import diffusers, edm, openai, own
 from src.interop.adopt import adopt, touched
-from src.interop.source import HYBRID, Source, choices
+from src.interop.source import HYBRID, Source, choices, data_for
 from src.interop.table import read_table
 from src.interop.weights import read_tensors
 from src.models.unet import UNet
 from src.overrides import plain_value
 from src.runs import CONFIG, LAST, build_diffusion, image_shape, weights_alone
 
-DATA = {(3, 32, 32): "cifar10", (1, 28, 28): "mnist", (1, 8, 8): "digits"}  # where the user names none
 HYBRID_SAMPLER = {"_target_": "src.diffusion.samplers.DDPM", "steps": None, "variance": "learned"}
 
 
@@ -161,10 +160,6 @@ def _data(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: when the user named data of another shape.
     """
-    from omegaconf import OmegaConf
-
-    from src.cli import CONF
-
     model, data = config["model"], config["data"]
     images = {"channels": model["channels"], "image_size": model["image_size"]}
     shape = image_shape({"data": images})
@@ -174,10 +169,7 @@ def _data(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             given = "x".join(map(str, image_shape(config)))
             raise UserError(f"data has images of {given}, and the network's are {'x'.join(map(str, shape))}")
         return {**data, **images}
-    if shape not in DATA:
-        return {**images, "num_classes": model.get("num_classes") or 1}
-    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{DATA[shape]}.yaml"), resolve=False)
-    return {**node, "seed": config["seed"]}
+    return data_for(model, config["seed"])
 
 
 def _as_overrides(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:

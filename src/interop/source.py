@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.shapes import as_pair
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,6 +18,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "density": {"_target_": "src.diffusion.densities.Uniform"},
     "loss": {"_target_": "src.diffusion.losses.Simple"},
 }
+CONF = Path(__file__).resolve().parents[2] / "conf"
+DATA = {(3, 32, 32): "cifar10", (1, 28, 28): "mnist", (1, 8, 8): "digits"}
 HYBRID = {"_target_": "src.diffusion.losses.Hybrid"}  # of a network with a learned variance
 OPTIONS = {  # of the groups of conf, by the class that they build
     "Linear": "linear",
@@ -60,7 +64,6 @@ class Source:
         model = self.parts["model"]
         parts = {**PLAIN, **self.parts}
         sampler = parts.setdefault("sampler", {"_target_": "src.diffusion.samplers.DDIM", "steps": None})
-        images = {"channels": model["channels"], "image_size": model["image_size"]}
         return {
             "name": self.weights.parent.name,
             "seed": 0,
@@ -68,8 +71,20 @@ class Source:
             "choices": choices(parts),
             **parts,
             "sampler": sampler,
-            "data": {**images, "num_classes": model.get("num_classes") or 1},
+            "data": data_for(model, seed=0),
         }
+
+
+def data_for(model: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The data set of conf/data that has images as the network has; without one, their shape alone."""
+    from omegaconf import OmegaConf
+
+    images = {"channels": model["channels"], "image_size": model["image_size"]}
+    shape = (images["channels"], *as_pair(images["image_size"]))
+    if shape not in DATA:
+        return {**images, "num_classes": model.get("num_classes") or 1}
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{DATA[shape]}.yaml"), resolve=False)
+    return {**node, "seed": seed}
 
 
 def choices(parts: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> Metrics:
     bad = sorted(
         name
         for name, values in cells.items()
-        if name.startswith(("train/loss", "val/", "score/"))
+        if (name == "train/loss" or name.startswith(("val/", "score/")))
         and any(v is not None and not math.isfinite(v) for v in values)
     )
     if bad:
@@ -70,20 +70,22 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(steps, cells, tuple(notes))
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float], list[float | None]]:
-    """At most so many points of a curve: means of x and of y over runs of neighbouring points, none picked or dropped.
+def thin(points: Sequence[tuple[float, ...]], most: int) -> list[tuple[float | None, ...]]:
+    """At most so many points of a curve: means over runs of neighbouring points, none picked and none dropped.
 
-    The mean of points that are not all finite is None, a gap.
+    Args:
+        points: each of as many coordinates; x first, in order.
+
+    Returns:
+        The same coordinates; where one of them is not finite in all points of a mean, None, a gap.
     """
-    size = max(1, math.ceil(len(x) / most))
-    parts = [slice(start, start + size) for start in range(0, len(x), size)]
-    thinned = [(_mean(x[part]), _mean(y[part])) for part in parts]
-    return [float(a) for a, _ in thinned if a is not None], [b for a, b in thinned if a is not None]
+    size = max(1, math.ceil(len(points) / most))
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(_mean(coordinate) for coordinate in zip(*part, strict=True)) for part in parts]
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
-    return mean if math.isfinite(mean) else None
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else None
 
 
 def _row(line: str, columns: int) -> tuple[int, list[float | None]] | None:

@@ -110,6 +110,24 @@ def test_safetensors_hold_weights_and_configuration(exported, command, tmp_path)
     assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("conv_in.bias"), "the checkpoint has no conv_in.bias"),
+        (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), "conv_in.bias is [3] there and [16] in the"),
+    ],
+)
+def test_safetensors_that_are_not_what_they_say_are_refused(change, message, command, tmp_path):
+    run = Run(made(tmp_path / "run", *TINY))
+    state = run.load_net("ema").state_dict()
+    change(state)
+    own.write(state, run.config, tmp_path / "model.safetensors")
+    outcome = command("sample", f"run={tmp_path}/model.safetensors", f"out={tmp_path}/out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_onnx_runs_in_onnxruntime_for_any_batch(exported):
     run, out = exported("onnx", *TINY, "model.num_res_blocks=1", "model.attention_resolutions=[4]")
