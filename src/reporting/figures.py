@@ -197,7 +197,7 @@ def _scale(values: list[float], **further: Any) -> alt.Scale:
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = 0.05 * abs(low) or 1.0
         return alt.Scale(zero=False, domain=[low - room, low + room])
-    return alt.Scale(zero=False, **further)
+    return alt.Scale(zero=False, **{"padding": 8, **further})
 
 
 def _unit(seconds: float) -> tuple[str, float]:

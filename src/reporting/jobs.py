@@ -57,11 +57,12 @@ def _planned(sweep: Path) -> list[list[str]]:
     from yaml import YAMLError
 
     try:
-        config: Any = OmegaConf.load(sweep / "multirun.yaml")
-        if "BasicSweeper" not in config.hydra.sweeper._target_ or config.hydra.sweep.subdir != "${hydra.job.num}":
+        config: Any = OmegaConf.to_container(OmegaConf.load(sweep / "multirun.yaml"))
+        hydra = config["hydra"]
+        if "BasicSweeper" not in hydra["sweeper"]["_target_"] or hydra["sweep"]["subdir"] != "${hydra.job.num}":
             return []
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    except (OSError, YAMLError, OmegaConfBaseException, HydraException, AttributeError, TypeError):
+        overrides = OverridesParser.create().parse_overrides(hydra["overrides"]["task"])
+    except (OSError, YAMLError, OmegaConfBaseException, HydraException, KeyError, TypeError):
         return []
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Content:
     Attributes:
         standing, verdict, notes: sentences, of `verdict` and `provenance` and of what could not be read.
         charts: of each section, with the SVG that paper gets.
+        left_out: sentences on pictures that are not in the page.
         same_noise: whether picture k of all grids starts from the same noise.
         pictures: run, file, what it shows, and the picture.
         made: when and of what, in a line.
@@ -47,6 +49,7 @@ class Content:
     jobs: Sequence[Job]
     charts: dict[str, list[tuple[Chart, str]]]
     grids: Sequence[Grids]
+    left_out: Sequence[str]
     same_noise: bool
     pictures: Sequence[tuple[str, str, str, Picture]]
     made: str
@@ -97,6 +100,7 @@ def page(content: Content) -> str:
 """
 
 
+@cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed, with nothing in them that ends a script."""
     import vl_convert
@@ -183,6 +187,7 @@ def _grids(content: Content, runs: Sequence[RunFolder]) -> str:
         f'<output id="now" for="time">step {steps[-1]:,}</output>{sizes}</div>'
     )
     css = "grids large" if large else "grids"
+    said = escape(" ".join([said, *content.left_out]))
     return f'<p class="faint">{said}</p>{controls}<div class="{css}">{"".join(figures)}</div>'
 
 
