@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 UV := $(shell command -v uv 2>/dev/null || echo .venv/uv/bin/uv)
 .DEFAULT_GOAL := help
-.PHONY: help train sample test chaos lint format types requirements benchmark clean
+.PHONY: help train sample test chaos lessons tour lint format types requirements benchmark clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ format: $(STAMP) ## format and fix what can be fixed
 
 chaos: $(STAMP) ## kill, starve and corrupt runs, and write docs/reliability.md
 	@$(BIN)/python -m pytest -v --reliability docs/reliability.md
+
+lessons: $(STAMP) ## run the lessons and write docs/lessons.md (ARGS="--fresh" for new runs)
+	@$(BIN)/python -m benchmarks.lessons $(ARGS)
+
+tour: $(STAMP) ## run docs/tour.md and write its pictures and docs/tour.ipynb
+	@$(BIN)/python docs/make_tour.py
 
 benchmark: $(STAMP) ## the loop's tax and the data path, side by side with peers
 	@$(BIN)/python -m benchmarks.loop_tax

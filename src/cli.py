@@ -148,7 +148,7 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
 
 
 def _says_sweep(arguments: list[str]) -> bool:
-    """Whether a sweep is asked for without -m: by hydra.mode of the command line, or of the file of the experiment."""
+    """Whether a sweep is asked for without -m: by hydra.mode on the command line, or in the file of the experiment."""
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "hydra.mode" in settings:
         return settings["hydra.mode"] == RunMode.MULTIRUN.name

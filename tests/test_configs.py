@@ -178,7 +178,9 @@ def test_a_run_folder_is_named_by_experiment_and_time():
     assert Path(config.hydra.sweep.dir).parts[:3] == ("outputs", "multirun", "smoke")
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "edit", "preview", "evaluate", "ema", "convert", "export", "report"])
+@pytest.mark.parametrize(
+    "name", ["train", "sample", "edit", "preview", "evaluate", "ema", "convert", "export", "report"]
+)
 def test_help_names_the_groups_that_the_command_takes(command, name):
     """Catches a --help that offers groups which the command then refuses."""
     outcome = command(name, "--help")

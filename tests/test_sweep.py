@@ -76,6 +76,54 @@ def test_the_flag_may_stand_anywhere(command, tmp_path):
     assert (tmp_path / "0" / "summary.json").exists()
 
 
+def jobs(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+
+
+TINY = ("model.hidden_dims=8", "model.time_emb_dim=8", "trainer.max_steps=1", "hydra/launcher=basic", "seed=0")
+
+
+def test_an_experiment_that_is_a_sweep_runs_with_and_without_the_flag(command, tmp_path):
+    """What the command line sets takes the place of what the experiment sweeps; a job is continued alone."""
+    for flags, folder in (([], tmp_path / "without"), (["-m"], tmp_path / "with")):
+        arguments = ["experiment=lessons/time", *TINY, f"hydra.sweep.dir={folder}"]
+        outcome = command("train", *flags, *arguments)
+        assert outcome.code == 0, outcome.err
+        assert jobs(folder) == ["0", "1"]
+        configs = [yaml.safe_load((folder / job / "config.yaml").read_text()) for job in "01"]
+        assert [c["model"]["time_conditioning"] for c in configs] == [True, False]
+    outcome = command("train", f"run={tmp_path / 'with' / '1'}", "trainer.max_steps=2")
+    assert outcome.code == 0, outcome.err
+    assert jobs(tmp_path / "with") == ["0", "1"]
+    assert "2 steps, 256 images" in outcome.out
+
+
+def test_an_experiment_that_is_a_sweep_can_be_run_once(command, tmp_path):
+    arguments = ["experiment=lessons/time", *TINY, "hydra.mode=RUN", f"hydra.run.dir={tmp_path / 'run'}"]
+    outcome = command("train", *arguments)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["time_conditioning"] is True
+
+
+def test_each_of_several_processes_does_not_sweep_for_itself(command, monkeypatch, tmp_path):
+    """Also where the sweep is the experiment's own."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    outcome = command("train", "experiment=lessons/time", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert outcome.code == 2
+    assert "would start the whole sweep" in outcome.err
+
+
+def test_an_option_in_a_folder_is_named_by_its_path(command):
+    outcome = command("train", "experiment=lessons/tme")
+    assert outcome.code == 2
+    assert "there is no option experiment=lessons/tme; did you mean experiment=lessons/time" in outcome.err
+
+
 def test_several_devices_in_a_sweep_are_refused(command, tmp_path):
     arguments = ["experiment=smoke", "trainer=ddp", "trainer.devices=2", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
     outcome = command("train", "-m", *arguments)
