@@ -19,8 +19,9 @@ from tests.helpers import rows
 def steps_logged(run: Path) -> int:
     """The last step of metrics.csv; 0 when there is none yet."""
     try:
-        return max((int(row["step"]) for row in rows(run)), default=0)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # caught in the middle of a line
+        lines = (run / "metrics.csv").read_text().splitlines()[1:]
+        return max((int(line.partition(",")[0]) for line in lines), default=0)
+    except (FileNotFoundError, ValueError):  # caught at the beginning of a line
         return 0
 
 

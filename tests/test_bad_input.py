@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.warm import finish
+
 TRAIN = [
     (["schedule=cosin"], "schedule=cosin; did you mean schedule=cosine"),
     (["shedule=cosine"], "no setting shedule; did you mean schedule"),
@@ -48,10 +50,6 @@ TRAIN = [
     (["optimizer.lr=nan"], "optimizer.lr=nan is not a number"),
     (["trainer.gradient_clip_norm=inf"], "trainer.gradient_clip_norm=inf is not a number"),
     (["trainer.devices=[0]"], "are indices of GPUs and there are none"),
-    (
-        ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=33"],
-        "data.batch_size=33 counts the images of all devices together, and 2 devices cannot share them evenly",
-    ),
     (
         ["trainer=fsdp"],
         "strategy=fsdp shares a network out over several devices and there is one; use trainer.strategy=auto",
@@ -96,6 +94,17 @@ def test_train_refuses(command, tmp_path, monkeypatch, arguments, sentence):
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_two_processes_refuse_is_told_once(tmp_path):
+    log = tmp_path / "log"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=33"]
+    assert finish("experiment=smoke", *two, f"hydra.run.dir={tmp_path / 'run'}", output=log) == 2
+    assert log.read_text().startswith(
+        "error: data.batch_size=33 counts the images of all devices together, and 2 devices cannot share them evenly"
+    )
+    assert log.read_text().count("\n") == 1
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_a_gpu_where_there_is_none(command, tmp_path, monkeypatch):

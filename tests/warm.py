@@ -94,7 +94,7 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess, timeout:
         if time.monotonic() > deadline:
             process.kill()
             raise TimeoutError("what was waited for did not come")
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def running(pid: int) -> bool:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 
 from src.runs import Run
 from tests.helpers import rows
+from tests.warm import start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,17 +122,10 @@ def test_a_killed_run_continues_to_the_bit(command, tmp_path):
     arguments = ["experiment=smoke", "trainer.max_steps=60", "trainer.log_every_n_steps=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command("train", *arguments, f"hydra.run.dir={whole}").code == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "src.train", *arguments, f"hydra.run.dir={killed}"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = start(*arguments, f"hydra.run.dir={killed}", output=tmp_path / "log")
+    wait_for((killed / "checkpoints" / "last.ckpt").exists, process)
     process.kill()
-    process.wait()
+    process.join()
     assert not (killed / "summary.json").exists(), "it finished before it was killed"
     assert command("train", f"run={killed}").code == 0
     assert_same_to_the_bit(whole, killed)
