@@ -87,8 +87,12 @@ def draw(chart: Chart, settings: int) -> tuple[str, bytes]:
 
 
 def _on_paper(layer: dict[str, Any]) -> dict[str, Any]:
-    """Without what answers a pointer; an opacity for each of many lines also takes seconds to paint."""
-    return {**layer, "encoding": {k: v for k, v in layer["encoding"].items() if k not in ("opacity", "tooltip")}}
+    """Without what answers a pointer, and without what takes seconds to paint: an opacity for each of many lines, and
+    a clip of each, which is only needed where an axis shows less than there is.
+    """
+    encoding = {k: v for k, v in layer["encoding"].items() if k not in ("opacity", "tooltip")}
+    limited = any("domain" in (encoding.get(axis, {}).get("scale") or {}) for axis in ("x", "y"))
+    return {**layer, "encoding": encoding, "mark": {**layer["mark"], "clip": limited}}
 
 
 def _spread(ramp: list[str], number: int) -> list[str]:

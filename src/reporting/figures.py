@@ -245,7 +245,7 @@ def _schedules(comparison: Comparison, labels: list[str], ordered: bool, notes: 
         return []
     own = list(dict.fromkeys(row["setting"] for row in rows))
     same = own == labels
-    x = alt.X("u", type="quantitative", title="t, as a share of the schedule's length", scale=alt.Scale(domain=[0, 1]))
+    x = alt.X("u", type="quantitative", title="t, as a share of the schedule's length", scale=alt.Scale(zero=True))
     tooltip = [
         *(alt.Tooltip("setting", type="nominal"), alt.Tooltip("u", type="quantitative", title="t", format=".3f")),
         alt.Tooltip("alpha_bar", type="quantitative", title="alpha bar", format=".4g"),
@@ -266,8 +266,10 @@ def _schedules(comparison: Comparison, labels: list[str], ordered: bool, notes: 
 def _of_log_snr(rows: Rows, **further: Any) -> alt.Scale:
     """From the least ln SNR to the largest, as far as a network could tell the difference; the rest is a zoom away."""
     values = [row["log_snr"] for row in rows if row["log_snr"] is not None]
-    low, high = max(min(values, default=0.0), -FAR), min(max(values, default=1.0), FAR)
-    return alt.Scale(domain=[low, high], nice=True, **further)
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if -FAR <= low and high <= FAR:
+        return alt.Scale(zero=False, **further)
+    return alt.Scale(domain=[max(low, -FAR), min(high, FAR)], nice=True, **further)
 
 
 _NEUTRAL = "#8b949e"  # a line that joins settings, on light and on dark
