@@ -267,7 +267,7 @@ def _of_log_snr(rows: Rows, **further: Any) -> alt.Scale:
     """From the least ln SNR to the largest, as far as a network could tell the difference; the rest is a zoom away."""
     values = [row["log_snr"] for row in rows if row["log_snr"] is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if -FAR <= low and high <= FAR:
+    if low >= -FAR and high <= FAR:
         return alt.Scale(zero=False, **further)
     return alt.Scale(domain=[max(low, -FAR), min(high, FAR)], nice=True, **further)
 
