@@ -5,6 +5,7 @@ share to be compared, and details. It is written anew after each score, the chea
 scored.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -255,10 +257,6 @@ def drawn(setup: Setup, config: dict[str, Any], n: int, out: Path, group: Group)
 
     They stay in <run>/evaluation/samples, where the next evaluation that wants the same finds them.
     """
-    import hashlib
-
-    import numpy as np
-
     with group.agreement():
         key = samples_key(config, setup)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

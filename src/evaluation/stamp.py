@@ -4,6 +4,7 @@ A protocol is what two numbers must share to be compared. The stamp tells of wha
 """
 
 import platform
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -93,8 +94,6 @@ class _Counter:
 
 def evaluations(setup: Setup) -> int:
     """How often a sample asks networks, guidance and a guiding network included; counted with one that is free."""
-    from dataclasses import replace
-
     counter: Any = _Counter(setup.net)
     guide = None if setup.guide is None else (setup.guide[0], counter)
     cpu = torch.device("cpu")

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from src.build import check
 from src.errors import UserError
 from src.evaluation.sampling import Setup, set_up
 from src.evaluation.scoring import OVER_FEATURES, Evaluation, drawn, entry, features_of, prepare, write
-from src.evaluation.stamp import of_samples, subject_stamp
+from src.evaluation.stamp import evaluations, of_samples, subject_stamp
 from src.evaluation.sweep_picture import save_sweep
 from src.files import replacing
 from src.overrides import option
@@ -96,8 +97,6 @@ def _cells(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _setup(evaluation: Evaluation, cell: dict[str, Any]) -> Setup:
-    from src.build import check
-
     check({"sampler": cell["sampler"], "guidance": cell["guidance"]}, "")
     assert evaluation.setup is not None
     made = set_up(cell, evaluation.n, loaded=(evaluation.setup.run, evaluation.setup.net))
@@ -105,8 +104,6 @@ def _setup(evaluation: Evaluation, cell: dict[str, Any]) -> Setup:
 
 
 def _row(cell: dict[str, Any], setup: Setup) -> dict[str, Any]:
-    from src.evaluation.stamp import evaluations
-
     name, scale = cell["cell"]
     return {
         "sampler": name or type(setup.sampler).__name__.lower(),
