@@ -1,7 +1,7 @@
 """Runs the lessons, or reads those that were run, and writes docs/lessons.md and its pictures.
 
 What is done is kept, and a lesson that was stopped goes on where it was. --fresh begins anew. With --out, a page of
-few steps or few seeds may be looked at elsewhere: python -m benchmarks.lessons --out /tmp/page trainer.max_steps=50
+few steps or few seeds may be looked at elsewhere: python -m benchmarks.lessons --out page trainer.max_steps=50
 """
 
 import argparse
