@@ -1,11 +1,12 @@
 """A run on disk: its folder, its configuration, and the network rebuilt from them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.build import build, refusals
 from src.errors import UserError, reason
-from src.files import check_sums
+from src.files import check_sums, sha256
 from src.shapes import as_pair
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class Run:
             except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
                 raise UserError(f"{self.folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
         return None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the checkpoint's bytes, as they are when it is first asked for."""
+        return sha256(self.checkpoint)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The checkpoint, on the CPU; never executes what it holds.

@@ -12,7 +12,7 @@ from src.evaluation.weights import digest
 from src.runs import Run, image_shape
 
 if TYPE_CHECKING:
-    from src.models.classifier import Classifier as Network
+    pass
 
 TRAIN = "train one with python -m src.train experiment=features_mnist, or features_digits, and give its folder"
 
@@ -37,14 +37,8 @@ class Classifier(Features):
             raise ValueError(f"run=null names no classifier; {TRAIN} with features.run=<folder>")
         self.run = run
         self.weights = weights
-        self._net: Network | None = None
         self._sha256: str | None = None
         self._shape: Shape = (0, 0, 0)
-
-    def to(self, device: torch.device) -> Features:
-        if self._net is not None:
-            self._net.to(device)
-        return super().to(device)
 
     def load(self) -> None:
         if self._net is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from src.errors import UserError, reason
 from src.evaluation.features import Extracted, Features, Shape, Sizes, as_rgb, check_colours
-from src.evaluation.weights import digest, file_digest, fit_state, read_state
+from src.evaluation.weights import digest, fit_state, read_state
+from src.files import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,12 +46,6 @@ class DinoV2(Features):
         self.weights = weights
         self.model = model
         self._sha256: str | None = None
-        self._net: nn.Module | None = None
-
-    def to(self, device: torch.device) -> Features:
-        if self._net is not None:
-            self._net.to(device)
-        return super().to(device)
 
     def load(self) -> None:
         if self._net is not None:
@@ -64,7 +59,7 @@ class DinoV2(Features):
             with suppress(Exception):  # what it cannot convert does not fit, and is named below
                 state = checkpoint_filter_fn(state, net)  # type: ignore[arg-type]
             fit_state(net, state, self.weights, f"timm's {self.model}")
-        self._sha256 = digest(net.state_dict()) if self.weights is None else file_digest(Path(self.weights))
+        self._sha256 = digest(net.state_dict()) if self.weights is None else sha256(Path(self.weights))
         self._net = net.eval().requires_grad_(False).to(self.device)
 
     def check(self, shape: Shape) -> None:
@@ -72,13 +67,13 @@ class DinoV2(Features):
 
     def sizes(self, shape: Shape) -> Sizes:
         if self._net is not None:
-            return Sizes(int(self._net.num_features))  # type: ignore[arg-type]
+            return Sizes(int(self._net.num_features))
         with torch.device("meta"):
             return Sizes(int(self._make().num_features))  # type: ignore[arg-type]
 
     def stamp(self) -> dict[str, Any]:
         if self._sha256 is None and self.weights is not None and Path(self.weights).is_file():
-            self._sha256 = file_digest(Path(self.weights))
+            self._sha256 = sha256(Path(self.weights))
         return {
             "name": self.name,
             "kind": f"timm's {self.model}",

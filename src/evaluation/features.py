@@ -67,10 +67,13 @@ class Features(ABC):
             raise ValueError(f"name={name} must be of small letters, digits and _, as it is in the names of scores")
         self.name = name
         self.device = torch.device("cpu")
+        self._net: Any = None
 
     def to(self, device: torch.device) -> "Features":
         """Computes there from now on."""
         self.device = device
+        if self._net is not None:
+            self._net.to(device)
         return self
 
     def load(self) -> None:  # noqa: B027 (of most features there is something to do, of others nothing)

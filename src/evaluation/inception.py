@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from src.errors import UserError, reason
 from src.evaluation.features import Extracted, Features, Shape, Sizes, as_rgb, check_colours
-from src.evaluation.weights import file_digest, fit_state, read_state
+from src.evaluation.weights import fit_state, read_state
+from src.files import sha256
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name; its end begins the file's SHA-256
 OFFICIAL = "6726825d"
@@ -38,7 +39,6 @@ class Inception(Features):
         self.weights = weights
         self.spatial = spatial
         self._sha256: str | None = None
-        self._net: nn.Module | None = None
 
     @property
     def path(self) -> Path:
@@ -46,11 +46,6 @@ class Inception(Features):
         if self.weights is not None:
             return Path(self.weights)
         return Path(torch.hub.get_dir(), "checkpoints", FILE)
-
-    def to(self, device: torch.device) -> Features:
-        if self._net is not None:
-            self._net.to(device)
-        return super().to(device)
 
     def load(self) -> None:
         if self._net is not None:
@@ -60,7 +55,7 @@ class Inception(Features):
         state = read_state(self.path)
         net = _network()
         fit_state(net, state, self.path, "torch-fidelity's Inception V3")
-        self._sha256 = file_digest(self.path)
+        self._sha256 = sha256(self.path)
         if not self._sha256.startswith(OFFICIAL):
             print(f"note: {self.path} is not torch-fidelity's {FILE}: its scores compare with no paper's", flush=True)
         self._net = net.to(self.device)
@@ -73,7 +68,7 @@ class Inception(Features):
 
     def stamp(self) -> dict[str, Any]:
         if self._sha256 is None and self.path.is_file():
-            self._sha256 = file_digest(self.path)
+            self._sha256 = sha256(self.path)
         return {
             "name": self.name,
             "kind": "Inception V3 of 2015, torch-fidelity's conversion",

@@ -17,7 +17,7 @@ from src.diffusion.guidance import Autoguidance, Denoiser, Guidance
 from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
 from src.evaluation.shards import Shards
-from src.files import replacing, sha256
+from src.files import replacing
 from src.files import shown as shown_path
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
 from src.processes import ALONE, Group
@@ -161,9 +161,9 @@ def samples_key(config: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """What the samples that a configuration asks for depend on, their numbers aside."""
     guide = getattr(setup.guidance, "guide", None)
     return {
-        "checkpoint_sha256": sha256(setup.run.checkpoint),
+        "checkpoint_sha256": setup.run.sha256,
         **{name: config[name] for name in ("weights", "sampler", "guidance", "labels", "seed", "precision")},
-        "guide_sha256": None if guide is None else sha256(Run(guide).checkpoint),
+        "guide_sha256": None if guide is None else Run(guide).sha256,
     }
 
 

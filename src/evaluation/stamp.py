@@ -16,7 +16,6 @@ from src.diffusion.samplers import generate
 from src.evaluation.likelihood import Subject
 from src.evaluation.reference import images_digest
 from src.evaluation.sampling import Setup
-from src.files import sha256
 from src.runs import Run
 from src.training.summary import PACKAGES, git_commit
 
@@ -62,7 +61,7 @@ def subject_stamp(config: dict[str, Any], run: Run, device: torch.device) -> dic
     return {
         "run": config["run"],
         "checkpoint": str(run.checkpoint),
-        "checkpoint_sha256": _sha256(run.checkpoint, run.checkpoint.stat().st_mtime_ns),
+        "checkpoint_sha256": run.sha256,
         "weights": config["weights"],
         "data": run.config["data"],
         "seed": config["seed"],
@@ -70,11 +69,6 @@ def subject_stamp(config: dict[str, Any], run: Run, device: torch.device) -> dic
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-
-
-@lru_cache(maxsize=8)
-def _sha256(path: Any, _: int) -> str:
-    return sha256(path)
 
 
 class _Counter:

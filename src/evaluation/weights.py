@@ -66,15 +66,6 @@ def fit_state(net: nn.Module, state: Mapping[str, Tensor], path: str | Path, kin
     net.load_state_dict(state)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def text_digest(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from src.errors import UserError
-from src.interop.table import Entry, Place, labels, places, pointwise, same, split
+from src.interop.table import Entry, Place, labels, places, pointwise, renamed, same, split
 from src.models.blocks import Downsample, ResidualBlock, Stage, Upsample
 from src.models.unet import UNet
 
@@ -222,7 +222,7 @@ def entries(net: UNet, with_none: bool = True, old: bool = False) -> list[Entry]
             elif isinstance(place.layer, Downsample | Upsample):
                 found += same(f"{place.name}.conv", f"{prefix}.{side}samplers.0.conv")
             elif isinstance(place.layer, ResidualBlock):
-                found += _block(place.name, place.layer, f"{prefix}.{side}samplers.0")
+                found += renamed(place.name, place.layer, f"{prefix}.{side}samplers.0", BLOCK)
     for i, stage in enumerate(net.middle):
         assert isinstance(stage, Stage)
         found += _stage(f"middle.{i}", stage, "mid_block", i, old)
@@ -230,7 +230,7 @@ def entries(net: UNet, with_none: bool = True, old: bool = False) -> list[Entry]
 
 
 def _stage(ours: str, stage: Stage, prefix: str, index: int, old: bool) -> list[Entry]:
-    found = _block(f"{ours}.block", stage.block, f"{prefix}.resnets.{index}")
+    found = renamed(f"{ours}.block", stage.block, f"{prefix}.resnets.{index}", BLOCK)
     if stage.attention is not None:
         theirs = f"{prefix}.attentions.{index}"
         q, k, v, out = (OLD_ATTENTION[name] if old else name for name in OLD_ATTENTION)
@@ -238,15 +238,6 @@ def _stage(ours: str, stage: Stage, prefix: str, index: int, old: bool) -> list[
         found += split(f"{ours}.attention.qkv", (f"{theirs}.{name}" for name in (q, k, v)), linear=True)
         found += pointwise(f"{ours}.attention.proj", f"{theirs}.{out}", ndim=2)
     return found
-
-
-def _block(ours: str, block: ResidualBlock, theirs: str) -> list[Entry]:
-    return [
-        entry
-        for name, their_name in BLOCK.items()
-        if not isinstance(getattr(block, name), nn.Identity)
-        for entry in same(f"{ours}.{name}", f"{theirs}.{their_name}")
-    ]
 
 
 def _attending(down: list[Place], levels: int) -> list[bool]:

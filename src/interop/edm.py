@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.errors import UserError
-from src.interop.table import Entry, permuted, places, same
+from src.interop.table import Entry, permuted, places, renamed, same
 from src.models.blocks import ResidualBlock, Stage
 from src.models.unet import UNet
 
@@ -113,7 +113,7 @@ def entries(net: UNet, size: int) -> list[Entry]:
                 found += _stage(place.name, place.layer, f"{side}.{n}x{n}_block{place.number}")
             elif isinstance(place.layer, ResidualBlock):
                 n = n // 2 if side == "enc" else 2 * n  # named after where it leads
-                found += _block(place.name, place.layer, f"{side}.{n}x{n}_{'down' if side == 'enc' else 'up'}")
+                found += renamed(place.name, place.layer, f"{side}.{n}x{n}_{'down' if side == 'enc' else 'up'}", BLOCK)
     n = size // 2 ** up[0].level
     for i, stage in enumerate(net.middle):
         assert isinstance(stage, Stage)
@@ -122,21 +122,12 @@ def entries(net: UNet, size: int) -> list[Entry]:
 
 
 def _stage(ours: str, stage: Stage, theirs: str) -> list[Entry]:
-    found = _block(f"{ours}.block", stage.block, theirs)
+    found = renamed(f"{ours}.block", stage.block, theirs, BLOCK)
     if stage.attention is not None:
         for name, their_name in ATTENTION.items():
             found += same(f"{ours}.attention.{name}", f"{theirs}.{their_name}")
         found += permuted(same(f"{ours}.attention.qkv", f"{theirs}.qkv"), stage.attention.num_heads, QKV)
     return found
-
-
-def _block(ours: str, block: ResidualBlock, theirs: str) -> list[Entry]:
-    return [
-        entry
-        for name, their_name in BLOCK.items()
-        if not isinstance(getattr(block, name), nn.Identity)
-        for entry in same(f"{ours}.{name}", f"{theirs}.{their_name}")
-    ]
 
 
 def _labels(num_classes: int, song: bool) -> Entry:

@@ -8,10 +8,10 @@ convolutions by one pixel on each side. improved-diffusion tells its networks 10
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.errors import UserError
-from src.interop.table import Entry, labels, permuted, places, pointwise, same
+from src.interop.table import Entry, labels, permuted, places, pointwise, renamed, same
 from src.models.attention import Attention
 from src.models.blocks import Downsample, ResidualBlock, Stage, Upsample
 from src.models.unet import UNet
@@ -103,7 +103,7 @@ def entries(net: UNet, order: Order = "legacy") -> list[Entry]:
         if isinstance(place.layer, Stage):
             found += _stage(place.name, place.layer, prefix, order)
         elif isinstance(place.layer, ResidualBlock):
-            found += _block(place.name, place.layer, f"{prefix}.0")
+            found += renamed(place.name, place.layer, f"{prefix}.0", BLOCK)
         elif isinstance(place.layer, Downsample):
             found += same(f"{place.name}.conv", f"{prefix}.0.op")
     number, parts = -1, 0
@@ -112,18 +112,18 @@ def entries(net: UNet, order: Order = "legacy") -> list[Entry]:
             number, parts = number + 1, 1 + (place.layer.attention is not None)
             found += _stage(place.name, place.layer, f"output_blocks.{number}", order)
         elif isinstance(place.layer, ResidualBlock):
-            found += _block(place.name, place.layer, f"output_blocks.{number}.{parts}")
+            found += renamed(place.name, place.layer, f"output_blocks.{number}.{parts}", BLOCK)
         elif isinstance(place.layer, Upsample):
             found += same(f"{place.name}.conv", f"output_blocks.{number}.{parts}.conv")
     before, after = net.middle
     assert isinstance(before, Stage)
     assert isinstance(after, Stage)
     found += _stage("middle.0", before, "middle_block", order)
-    return found + _block("middle.1.block", after.block, f"middle_block.{1 + (before.attention is not None)}")
+    return found + renamed("middle.1.block", after.block, f"middle_block.{1 + (before.attention is not None)}", BLOCK)
 
 
 def _stage(ours: str, stage: Stage, theirs: str, order: Order) -> list[Entry]:
-    found = _block(f"{ours}.block", stage.block, f"{theirs}.0")
+    found = renamed(f"{ours}.block", stage.block, f"{theirs}.0", BLOCK)
     return found if stage.attention is None else found + _attention(ours, stage.attention, f"{theirs}.1", order)
 
 
@@ -133,13 +133,4 @@ def _attention(ours: str, attention: Attention, theirs: str, order: Order) -> li
         *same(f"{ours}.attention.norm", f"{theirs}.norm"),
         *permuted(qkv, attention.num_heads, ORDERS[order]),
         *pointwise(f"{ours}.attention.proj", f"{theirs}.proj_out", ndim=3),
-    ]
-
-
-def _block(ours: str, block: ResidualBlock, theirs: str) -> list[Entry]:
-    return [
-        entry
-        for name, their_name in BLOCK.items()
-        if not isinstance(getattr(block, name), nn.Identity)
-        for entry in same(f"{ours}.{name}", f"{theirs}.{their_name}")
     ]

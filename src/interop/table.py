@@ -3,7 +3,7 @@
 Reading a peer's file and writing one are the same table, once from the right and once from the left.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,16 @@ class Entry(NamedTuple):
 def same(ours: str, theirs: str) -> list[Entry]:
     """Weight and bias of a layer that is the same in both."""
     return [Entry(f"{ours}.{part}", (f"{theirs}.{part}",), lambda v: v, lambda v: (v,)) for part in ("weight", "bias")]
+
+
+def renamed(ours: str, block: nn.Module, theirs: str, names: Mapping[str, str]) -> list[Entry]:
+    """The layers of a block that it has, which are the same in both but for their names: ours to theirs."""
+    return [
+        entry
+        for name, their_name in names.items()
+        if not isinstance(getattr(block, name), nn.Identity)
+        for entry in same(f"{ours}.{name}", f"{theirs}.{their_name}")
+    ]
 
 
 def pointwise(ours: str, theirs: str, ndim: int) -> list[Entry]:

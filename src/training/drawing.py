@@ -28,26 +28,9 @@ def draw_samples(
     A share of them comes from each rank; in ranks above 0 there are none. Of a sharded network all ranks draw all: it
     computes only when each asks it for as much. No random number of training is touched, and its clock stands still.
     """
-    TrainMetrics.pause_all(trainer)
-    training = module.training
-    module.eval()
-    ema: Any = module.ema
-    with ema.swapped():
-        images = _drawn(trainer, module, sampler, shape, num_samples, batch_size)
-    module.train(training)
-    return images
-
-
-def _drawn(
-    trainer: Trainer,
-    module: LightningModule,
-    sampler: Sampler,
-    shape: tuple[int, int, int],
-    num_samples: int,
-    batch_size: int,
-) -> list[Tensor]:
     diffusion: Any = module.diffusion
     net: Any = module.net
+    ema: Any = module.ema
     device = module.device
 
     def sample(indices: range, tick: Tick) -> Tensor:
@@ -59,11 +42,19 @@ def _drawn(
                 tick(len(indices))
         return to_uint8(x).cpu()
 
-    if isinstance(trainer.strategy, Sharded):
-        images = [sample(indices, untold) for indices in cut(num_samples, batch_size)]
-        return images if trainer.is_global_zero else []
-    group = Group(trainer.global_rank, trainer.world_size)
-    own = group.share(share_out(num_samples, batch_size, shape, device, group))
-    if getattr(net, "_compiled_call_impl", None) is not None:  # threads cannot compile at the same time
-        return group.gather([sample(indices, untold) for indices in own])
-    return group.gather(in_threads(sample, own, device))
+    TrainMetrics.pause_all(trainer)
+    training = module.training
+    module.eval()
+    with ema.swapped():
+        if isinstance(trainer.strategy, Sharded):
+            drawn = [sample(indices, untold) for indices in cut(num_samples, batch_size)]
+            images = drawn if trainer.is_global_zero else []
+        else:
+            group = Group(trainer.global_rank, trainer.world_size)
+            own = group.share(share_out(num_samples, batch_size, shape, device, group))
+            compiled = getattr(net, "_compiled_call_impl", None) is not None  # threads cannot compile at the same time
+            images = group.gather(
+                [sample(part, untold) for part in own] if compiled else in_threads(sample, own, device)
+            )
+    module.train(training)
+    return images

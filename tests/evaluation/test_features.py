@@ -16,7 +16,8 @@ from src.evaluation.dinov2 import DinoV2
 from src.evaluation.extraction import extract
 from src.evaluation.features import Module, Pixels, full_precision
 from src.evaluation.inception import FILE
-from src.evaluation.weights import digest, file_digest, read_state
+from src.evaluation.weights import digest, read_state
+from src.files import sha256
 
 
 def images(n, *shape, seed=0):
@@ -232,7 +233,7 @@ def test_inception_takes_the_file_of_torch_hubs_folder(tmp_path, monkeypatch, ca
     path.parent.mkdir(parents=True)
     torch.save({"fc.weight": torch.zeros(3), "extra": torch.zeros(1)}, path)
     features = option("inception")
-    assert features.stamp()["weights_sha256"] == file_digest(path)
+    assert features.stamp()["weights_sha256"] == sha256(path)
     assert features.stamp()["official_weights"] is False
     with pytest.raises(UserError, match=rf"{FILE} does not hold weights.*lacks Conv2d_1a_3x3.conv.weight.*has extra"):
         features.load()
@@ -262,7 +263,7 @@ def test_dinov2_from_a_local_file_is_timms_network(tmp_path):
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
     x = images(2, 1, 16, 16)
     found = features(x).features
-    assert features.stamp()["weights_sha256"] == file_digest(tmp_path / "weights.safetensors")
+    assert features.stamp()["weights_sha256"] == sha256(tmp_path / "weights.safetensors")
     assert features.sizes((1, 16, 16)).features == found.shape[1] == 384
     net.set_input_size(224)
     big = nn.functional.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
