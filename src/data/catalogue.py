@@ -1,0 +1,54 @@
+"""Images that lie somewhere, not decoded yet: what folders, archives and tables have in common."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Broken(Exception):
+    """An image that cannot be read.
+
+    Args:
+        name: of the image, as its catalogue calls it.
+        reason: in words that go on after "<name> ".
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+class Catalogue(Protocol):
+    """All images of a place, in an order that depends on their names alone.
+
+    It can be pickled, for the processes that decode: files are opened when they are first read.
+
+    Attributes:
+        where: the place, as the user called it.
+        names: one an image, unique.
+        labels: (N,) int64, 0 to len(classes) - 1.
+        classes: the names of the classes; one, empty, where there are none.
+    """
+
+    where: str
+    names: Sequence[str]
+    labels: NDArray[np.int64]
+    classes: Sequence[str]
+
+    def read(self, i: int) -> NDArray[np.generic]:
+        """Image number i, (H, W, C) of uint8, uint16 or float32.
+
+        Raises:
+            Broken: when it cannot be read.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed or written anew; costs no reading of pixels."""
+        ...
