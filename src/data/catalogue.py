@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Broken(Exception):
+class BrokenImageError(Exception):
     """An image that cannot be read.
 
     Args:
@@ -45,7 +45,7 @@ class Catalogue(Protocol):
         """Image number i, (H, W, C) of uint8, uint16 or float32.
 
         Raises:
-            Broken: when it cannot be read.
+            BrokenImageError: when it cannot be read.
         """
         ...
 
