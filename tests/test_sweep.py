@@ -68,6 +68,15 @@ def test_one_bad_job_does_not_stop_the_others(command, tmp_path):
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "0").exists()
     assert (tmp_path / "1" / "summary.json").exists()
+    (noted,) = (tmp_path / "failed").iterdir()  # for the report
+    assert noted.name == "0.json"
+    noted = json.loads(noted.read_text())
+    assert noted["overrides"] == ["experiment=smoke", "schedule.beta_end=2"]
+    assert "beta_end=2 must lie strictly between 0 and 1" in noted["error"]
+
+    again = command("train", "-m", "experiment=smoke", "schedule.beta_end=0.03", f"hydra.sweep.dir={tmp_path}")
+    assert again.code == 0
+    assert not (tmp_path / "failed").exists()  # job 0 has been mended
 
 
 def test_the_flag_may_stand_anywhere(command, tmp_path):

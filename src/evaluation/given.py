@@ -51,6 +51,6 @@ def load_samples(path: Path, shape: tuple[int, int, int]) -> Given:
             f"samples={path}: arr_1 is {labels.dtype} {labels.shape}; labels are whole numbers, one an image"
         )
     return Given(
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(images).permute(0, 3, 1, 2),  # a view: 50,000 images are not held twice
         None if labels is None else torch.from_numpy(labels.astype(np.int64)),
     )

@@ -40,8 +40,9 @@ class Score:
 
 
 def evaluations_of(run: RunFolder) -> list[Path]:
-    """The metrics.json files that lie in a run's folder, the oldest first."""
-    found = {*run.folder.glob("evaluation/*/metrics.json"), *run.folder.glob("*/metrics.json")}
+    """The metrics.json files that lie in a run's folder, the oldest first; those of src.evaluate -m lie deeper."""
+    places = "*/metrics.json", "evaluation/*/metrics.json", "evaluation/*/*/metrics.json"
+    found = {path for place in places for path in run.folder.glob(place)}
     return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)))
 
 

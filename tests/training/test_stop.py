@@ -55,9 +55,11 @@ def test_ctrl_c_stops_at_the_steps_end_and_loses_nothing(command, tmp_path):
     assert f"go on with python -m src.train run={stopped}" in out
     step = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 3 <= step < 80
+    assert (stopped / "error.txt").read_text() == f"stopped by SIGINT after step {step}\n"
     assert int(rows(stopped)[-1]["step"]) == step
 
     assert command("train", f"run={stopped}").code == 0
+    assert not (stopped / "error.txt").exists()
     wa, wb = weights(whole), weights(stopped)
     assert all(torch.allclose(wa[name], wb[name], rtol=0, atol=1e-5) for name in wa)  # other threads, other last bits
     assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(stopped)]
@@ -98,6 +100,7 @@ def test_divergence_is_said_and_is_no_success(command, tmp_path):
     outcome = command("train", "experiment=smoke", "optimizer.lr=1e30", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
     assert "training has diverged; lower optimizer.lr" in outcome.err
+    assert "training has diverged; lower optimizer.lr" in (tmp_path / "error.txt").read_text()
 
 
 def test_a_schedule_that_ends_with_signal_is_said(command, tmp_path):
