@@ -45,9 +45,10 @@ def option(group: str, name: str) -> dict[str, Any]:
     return {key: value for part in parts for key, value in (plain if part == "_self_" else option(group, part)).items()}
 
 
-def shell_command(name: str, overrides: list[str]) -> str:
-    """`python -m src.<name> <overrides>` as a shell reads it."""
-    return shlex.join(["python", "-m", f"src.{name}", *overrides])
+def training_command(overrides: list[str]) -> str:
+    """What begins a run with these overrides anew, as a shell reads it."""
+    kept = [override for override in overrides if not override.startswith("resume=")]  # that is of a folder's run
+    return shlex.join(["python", "-m", "src.train", *kept])
 
 
 def same_job(name: str, out: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Which charts a report has, and how each asks its question."""
 
+from collections import Counter
 from typing import Any
 
 import altair as alt
@@ -148,8 +149,8 @@ def _progress(comparison: Comparison, labels: list[str], ordered: bool) -> list[
     estimated = any(is_estimated(run) and run.metrics.steps for run in runs)
     for column, title, name in what:
         rows = progress(comparison, column)
-        if sum(row["value"] is not None for row in rows) < 2:
-            continue
+        if not any(count > 1 for count in Counter(row["run"] for row in rows if row["value"] is not None).values()):
+            continue  # a point is no curve
         seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
         unit, size = _unit(max(seconds, default=0.0))
         for row in rows:

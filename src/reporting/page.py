@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from src.overrides import shell_command
+from src.overrides import training_command
 from src.reporting import markup
 from src.reporting.charts import HEIGHT, Chart, config
 from src.reporting.folders import RunFolder
@@ -233,7 +233,7 @@ def _commands(content: Content) -> str:
     ]
     started += [(f"run {job.name}, {job.state}", job.overrides) for job in content.jobs]
     items = [
-        f'<li><span class="small faint">{escape(name)}</span><pre><code>{escape(shell_command("train", overrides))}'
+        f'<li><span class="small faint">{escape(name)}</span><pre><code>{escape(training_command(overrides))}'
         "</code></pre></li>"
         for name, overrides in started
     ]

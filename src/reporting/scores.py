@@ -1,7 +1,7 @@
 """The columns of the table of scores: numbers that may be compared, each with its error.
 
 Numbers of one score stand in one column when their protocols are the same, and in columns of their own when they are
-not. The losses of training are the exception: what a network learns is part of the experiment, so that the losses of a
+not. Losses are the exception: what a network learns is part of the experiment, so that the losses of a
 sweep over schedules are of different things; they stay in one column, which says so and marks no best.
 
 A setting's number is the mean over its training seeds, and its error their standard deviation over the root of their
@@ -21,6 +21,7 @@ from src.reporting.settings import Comparison, Setting, knows_its_images, leaves
 from src.reporting.text import listed
 
 LOSSES = {"val/loss_ema": "held-out loss", "val/loss_raw": "held-out loss (raw)"}
+OF_EVALUATION = ("loss", "gap")  # losses, too
 LEARNED = ("schedule", "objective", "weighting", "loss")  # what a loss depends on, beside the images
 IMAGES = ("source", "channels", "image_size", "val_images", "pad", "_target_")  # of the data, what a loss depends on
 OWN_CALLBACKS = ("checkpoint", "guard", "ema", "samples")  # those that measure nothing
@@ -90,6 +91,7 @@ def columns(comparison: Comparison, evaluations: dict[str, list[Score]]) -> list
 
 
 def _of_evaluations(comparison: Comparison, evaluations: dict[str, list[Score]]) -> list[Column]:
+    runs = [run for setting in comparison.settings for run in setting.runs]
     found: dict[str, dict[str, list[tuple[str, Score]]]] = {}
     for run, scores in evaluations.items():
         for score in scores:
@@ -105,7 +107,8 @@ def _of_evaluations(comparison: Comparison, evaluations: dict[str, list[Score]])
                 values.setdefault(run, []).append((score.value, score.error))
             directions = {score.better for _, score in group}
             better = directions.pop() if len(directions) == 1 else None
-            made.append(_column(comparison, name, title, better, "", protocol, values))
+            note = _different_things([run for run in runs if run.name in values])[1] if name in OF_EVALUATION else ""
+            made.append(_column(comparison, name, title, better, note, protocol, values, ranked=not note))
     return made
 
 
@@ -128,17 +131,22 @@ def _of_training(comparison: Comparison, runs: list[RunFolder]) -> list[Column]:
 
 
 def _of_losses(comparison: Comparison, runs: list[RunFolder]) -> list[Column]:
-    learned = [_learned(run) for run in runs]
-    differing = sorted({key for f in learned for key in f if len({_text(g.get(key)) for g in learned}) > 1})
-    groups = list(dict.fromkeys(key.partition(".")[0] for key in differing))
-    note = f"the runs differ in {listed(groups)}, so that their losses are of different things" if groups else ""
+    shared, note = _different_things(runs)
     made = []
     for name, title in LOSSES.items():
         values: Values = {run.name: [(_finite(_final(run, name)), None)] for run in runs if run.summary}
         if any(value is not None for found in values.values() for value, _ in found):
-            shared = {key: value for key, value in (learned[0] if learned else {}).items() if key not in differing}
-            made.append(_column(comparison, name, title, "lower", note, shared, values, ranked=not groups))
+            made.append(_column(comparison, name, title, "lower", note, shared, values, ranked=not note))
     return made
+
+
+def _different_things(runs: list[RunFolder]) -> tuple[dict[str, Any], str]:
+    """What the losses of all these runs depend on alike, and in what they differ, in words; empty for nothing."""
+    learned = [_learned(run) for run in runs]
+    differing = {key for f in learned for key in f if len({_text(g.get(key)) for g in learned}) > 1}
+    groups = list(dict.fromkeys(key.partition(".")[0] for key in sorted(differing)))
+    note = f"the runs differ in {listed(groups)}, so that their losses are of different things" if groups else ""
+    return {key: value for key, value in (learned[0] if learned else {}).items() if key not in differing}, note
 
 
 def _column(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from src.overrides import shell_command
+from src.overrides import training_command
 from src.reporting import markup
 from src.reporting.folders import RunFolder
 from src.reporting.jobs import Job
@@ -185,10 +185,10 @@ def runs_csv(comparison: Comparison, columns: Sequence[Column], jobs: Sequence[J
                 row += [_exact(mean), _exact(error)]
             row += [_exact(run.summary.get(key)) for key in COSTS]
             row += [run.summary.get(key) or "" for key in ("device", "world_size", "precision", "git_commit")]
-            rows.append([*row, shell_command("train", run.overrides)])
+            rows.append([*row, training_command(run.overrides)])
     for job in jobs:
         row = [job.name, "", job.state, job.reason]
-        rows.append([*row, *[""] * (len(heads) - len(row) - 1), shell_command("train", job.overrides)])
+        rows.append([*row, *[""] * (len(heads) - len(row) - 1), training_command(job.overrides)])
     return _csv(heads, rows)
 
 

@@ -142,12 +142,15 @@ def test_a_run_that_is_not_finished_is_not_counted(tmp_path):
 
 def test_losses_of_two_schedules_are_shown_and_not_ranked(tmp_path):
     for i, beta in enumerate((0.01, 0.02)):
-        fabricate.run(tmp_path / str(i), loss=i + 0.5, **{"schedule.beta_end": beta})
-    column = named(table(tmp_path), "held-out loss")
-    assert [cell.mean for cell in column.cells.values()] == [0.55, 1.55]
-    assert not column.ranked
-    assert column.best == ()
-    assert column.note == "the runs differ in schedule, so that their losses are of different things"
+        run = fabricate.run(tmp_path / str(i), loss=i + 0.5, **{"schedule.beta_end": beta})
+        fabricate.evaluation(run, "a", {"loss": i + 0.55, "fd_pixels": i + 1.0})
+    for title in ("held-out loss", "loss"):
+        column = named(table(tmp_path), title)
+        assert [cell.mean for cell in column.cells.values()] == pytest.approx([0.55, 1.55], rel=1e-12)
+        assert not column.ranked
+        assert column.best == ()
+        assert column.note == "the runs differ in schedule, so that their losses are of different things"
+    assert named(table(tmp_path), "fd_pixels").best == ("beta_end = 0.01",)
 
 
 def test_losses_of_one_experiment_are_ranked(tmp_path):
