@@ -12,8 +12,8 @@ HEAD = """# Lessons
 
 Five questions about diffusion models, each one command, and what came out. `make lessons` runs them all and writes this
 page: its numbers, its pictures, and the sentences around them, which follow from the numbers. All train the tutorial's
-network at half its width on 8x8 digits (`experiment=tutorial_digits`), on two CPU cores. Of a lesson that was run by its
-command alone, `python -m src.report sweep=outputs/multirun/lessons/...` makes the page: scores with errors, curves, samples.
+network at half its width on 8x8 digits (`experiment=tutorial_digits`), on two CPU cores. Of a lesson that was run by
+its command alone, `python -m src.report sweep=outputs/multirun/lessons/...` makes a page of scores, curves and samples.
 
 **Distance** is the Fréchet distance between the pixels, in [0, 1], of {samples} samples and of the training images; the
 smaller the better. Two halves of the training images have {floor:.3f}. **±** is the standard error over {seeds}. Runs
