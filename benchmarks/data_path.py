@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
-from benchmarks.timing import arguments, interleave, print_table, spread, write_json
+from benchmarks.timing import arguments, interleave, spread, write_report
 from src.data.loader import TrainLoader, flip, normalize
 from src.data.sources import ImageSet
 
@@ -93,11 +93,17 @@ def main() -> None:
         "floor / ours": rounds.ratios("floor", "ours"),
         "ours again / ours": rounds.control_ratios(),
     }
-    print(f"\n{device}, batch {args.batch_size}, {torch.get_num_threads()} threads, PIL with {args.workers} workers")
-    print_table(("", "images/s"), [(name, f"{rounds.median(name):,.0f}") for name in rounds.values])
-    print(f"ratios of images/s in {args.rounds} rounds")
-    print_table(("", "median (least to most)"), [(name, spread(ratios)) for name, ratios in comparisons.items()])
-    write_json(args, device, images_per_second=rounds.values, ratios=comparisons)
+    where = f"{device}, batch {args.batch_size}, {torch.get_num_threads()} threads, PIL with {args.workers} workers"
+    rates = [(name, f"{rounds.median(name):,.0f}") for name in rounds.values]
+    tables = [
+        (where, ("", "images/s"), rates),
+        (
+            f"ratios of images/s in {args.rounds} rounds",
+            ("", "median (least to most)"),
+            [(name, spread(ratios)) for name, ratios in comparisons.items()],
+        ),
+    ]
+    write_report(args, tables, device, images_per_second=rounds.values, ratios=comparisons)
 
 
 def bare(images: Tensor, batch_size: int) -> Iterator[Tensor]:

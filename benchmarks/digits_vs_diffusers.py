@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import diffusers_example
-from benchmarks.timing import arguments, print_table, write_json
+from benchmarks.timing import arguments, write_report
 from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
 from src.data.sources import Digits
@@ -85,14 +85,18 @@ def main() -> None:
         rows.append(
             (name, f"{score:.3f}", *(f"{fact:,.0f}" if isinstance(fact, int | float) else fact for fact in facts))
         )
-    print()
-    print_table(("", "Fréchet distance", "parameters", "steps", "images", "seconds", "precision"), rows)
+    header = ("", "Fréchet distance", "parameters", "steps", "images", "seconds", "precision")
     print(f"diffusers / ours: {scores['diffusers'] / scores['ours']:.2f} (one training each, seed {args.seed})")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, contender in contenders.items():
             save_png(grid(contender.samples[:64]), args.out / f"{name}.png", enlarge(8))
-    write_json(args, frechet_distance=scores, contenders={name: c.facts for name, c in contenders.items()})
+    write_report(
+        args,
+        [("", header, rows)],
+        frechet_distance=scores,
+        contenders={name: c.facts for name, c in contenders.items()},
+    )
 
 
 def train_ours(args: Namespace) -> Trained:

@@ -30,17 +30,16 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from benchmarks.ours import FOREVER, configuration
 from benchmarks.peers import diffusers_example
-from benchmarks.timing import arguments, interleave, print_table, spread, write_json
+from benchmarks.timing import arguments, interleave, spread, write_report
 from src.build import build
-from src.cli import CONF
 from src.data.loader import normalize
 from src.runs import build_diffusion, build_net
 from src.training import fit
 from src.training.stop import Stop
 from src.training.trainer import quiet_lightning
 
-FOREVER = 10**9
 SKIP = 30  # steps before the clock starts
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -54,7 +53,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet_lightning()
-    config = configuration(args.batch_size, max_steps=SKIP + args.steps + 1)
+    config = configuration(
+        *("trainer=cpu", "trainer.precision=32-true", f"data.batch_size={args.batch_size}"),
+        *("model.base_channels=8", "model.channel_mults=[1]", "model.attention_resolutions=[]"),
+        "model.middle_attention=false",
+        due=SKIP + args.steps + 1,
+    )
     net = build_net(config)  # the one that accelerate trains
     size = {"parameters": sum(p.numel() for p in net.parameters()), "tensors": len(list(net.parameters()))}
     images = digits(config)
@@ -78,34 +82,16 @@ def main() -> None:
         rounds = interleave(contenders, "bare", args.rounds)
         accelerated.close()
 
-    print(f"\nbatch {args.batch_size}, {size['parameters']:,} parameters in {size['tensors']} tensors, 1 thread")
-    print(f"{args.rounds} rounds of {args.steps} steps; median (least to most of the rounds)\n")
     over = {name: rounds.differences(name, "bare") for name in rounds.values}
     rows = [
         (name, f"{rounds.median(name):.3f}", spread(over[name]), spread(rounds.ratios(name, "bare"))) for name in over
     ]
-    print_table(("", "ms a step", "ms over bare", "times bare"), rows)
-    write_json(args, network=size, ms_a_step=rounds.values, ms_over_bare=over)
-
-
-def configuration(batch_size: int, max_steps: int) -> dict[str, Any]:
-    """The digits experiment with a tiny network, on the CPU, with nothing due before `max_steps`."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    overrides = [
-        *("name=loop_tax", "overrides=[]", "choices={}"),  # what the command line would fill in
-        *("trainer=cpu", "trainer.precision=32-true", f"trainer.max_steps={max_steps}"),
-        f"data.batch_size={batch_size}",
-        *("model.base_channels=8", "model.channel_mults=[1]", "model.attention_resolutions=[]"),
-        "model.middle_attention=false",
-        f"trainer.val_every_n_steps={max_steps}",
-        f"callbacks.checkpoint.every_n_steps={max_steps}",
-        f"callbacks.samples.every_n_steps={max_steps}",
-    ]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
-    return config
+    caption = (
+        f"batch {args.batch_size}, {size['parameters']:,} parameters in {size['tensors']} tensors, 1 thread, "
+        f"{args.rounds} rounds of {args.steps} steps; median (least to most of the rounds)"
+    )
+    tables = [(caption, ("", "ms a step", "ms over bare", "times bare"), rows)]
+    write_report(args, tables, network=size, ms_a_step=rounds.values, ms_over_bare=over)
 
 
 def digits(config: dict[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.timing import arguments, print_table, write_json
+from benchmarks.timing import arguments, write_report
 from src.data.sources import MNIST, ImageSet
 from src.evaluation.frechet import frechet_distance
 
@@ -62,15 +62,10 @@ def main() -> None:
 
     sets = {"real test set": test.images, "samples": samples}
     confidence = {name: confidence_of(probabilities(classifier, images)) for name, images in sets.items()}
-    print_table(
-        ("confidence", "images", *next(iter(confidence.values()))),
-        [(name, f"{len(sets[name]):,}", *(f"{v:.4f}" for v in row.values())) for name, row in confidence.items()],
-    )
+    confident = [
+        (name, f"{len(sets[name]):,}", *(f"{v:.4f}" for v in row.values())) for name, row in confidence.items()
+    ]
     classes = {name: classes_of(probabilities(classifier, images)) for name, images in sets.items()}
-    print_table(
-        ("classes", *map(str, range(10))),
-        [(name, *(f"{share:.1%}" for share in shares)) for name, shares in classes.items()],
-    )
 
     reference, others = order[:REFERENCE], order[REFERENCE:]
     n = min(len(samples), len(others) // 2)
@@ -82,8 +77,16 @@ def main() -> None:
     }
     features = embed(classifier, train.images[reference])
     distances = {name: frechet_distance(embed(classifier, images), features) for name, images in sets.items()}
-    print_table((f"{n:,} images", "Fréchet distance"), [(name, f"{d:.3f}") for name, d in distances.items()])
-    write_json(args, accuracy=accuracy, confidence=confidence, classes=classes, frechet_distance=distances)
+    tables = [
+        ("confidence of the classifier", ("", "images", *next(iter(confidence.values()))), confident),
+        (
+            "the classes that it sees",
+            ("", *map(str, range(10))),
+            [(name, *(f"{share:.1%}" for share in shares)) for name, shares in classes.items()],
+        ),
+        (f"{n:,} images", ("", "Fréchet distance"), [(name, f"{d:.3f}") for name, d in distances.items()]),
+    ]
+    write_report(args, tables, accuracy=accuracy, confidence=confidence, classes=classes, frechet_distance=distances)
 
 
 def load_samples(path: Path) -> Tensor:

@@ -30,7 +30,7 @@ from diffusers import schedulers
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor, nn
 
-from benchmarks.timing import Rounds, arguments, interleave, print_table, spread, write_json
+from benchmarks.timing import Rounds, arguments, interleave, spread, write_report
 from src.diffusion import weightings
 from src.diffusion.densities import Uniform
 from src.diffusion.gaussian import GaussianDiffusion, Network
@@ -228,8 +228,6 @@ def main() -> None:
         for name, pair in chosen.items():
             results[name] = bench.measure(pair, args.rounds)
 
-    print(f"\nbatch {args.batch_size} of 3x32x32, {args.steps} steps, threads: {args.threads}; microseconds a step")
-    print(f"{args.rounds} rounds of {args.loops} loops; ratios: median (least to most of the rounds)\n")
     rows = [
         (
             name,
@@ -241,9 +239,13 @@ def main() -> None:
         for name, result in results.items()
     ]
     header = ("", "function", "module", "diffusers", "function / diffusers", "module / diffusers", "function again")
-    print_table(header, rows)
-    write_json(
+    caption = (
+        f"batch {args.batch_size} of 3x32x32, {args.steps} steps, threads: {args.threads}, microseconds a step, "
+        f"{args.rounds} rounds of {args.loops} loops; ratios: median (least to most of the rounds)"
+    )
+    write_report(
         args,
+        [(caption, header, rows)],
         us_a_step={name: result.values for name, result in results.items()},
         ratios={
             side: {name: result.ratios(side, "diffusers") for name, result in results.items()}

@@ -25,7 +25,10 @@ from tqdm import tqdm
 
 from src.files import replacing
 
-PACKAGES = ("torch", "torchvision", "lightning", "diffusers", "accelerate", "numpy", "pillow", "scikit-learn")
+PACKAGES = (
+    *("torch", "torchvision", "lightning", "diffusers", "accelerate", "denoising-diffusion-pytorch"),
+    *("numpy", "pillow", "scikit-learn"),
+)
 AGAIN = " again"
 
 
@@ -109,15 +112,22 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def write_json(args: argparse.Namespace, device: torch.device | str = "cpu", **results: Any) -> None:
-    """Writes the results beside their settings and environment to args.json, where that was given."""
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a caption, the head of its columns, and rows
+
+
+def write_report(
+    args: argparse.Namespace, tables: Sequence[Table], device: torch.device | str = "cpu", **results: Any
+) -> None:
+    """Prints the tables; writes them with all results, settings and environment to args.json, where that was given."""
+    for caption, header, rows in tables:
+        print(f"\n{caption}\n")
+        print_table(header, rows)
     if args.json is None:
         return
     settings = {k: v for k, v in vars(args).items() if k != "json"}
+    content = {**environment(device), "settings": settings, "tables": tables, **results}
     with replacing(args.json) as temporary:
-        temporary.write_text(
-            json.dumps({**environment(device), "settings": settings, **results}, indent=2, default=str) + "\n"
-        )
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(f"written: {args.json}")
 
 
