@@ -40,9 +40,8 @@ lessons: $(STAMP) ## run the lessons and write docs/lessons.md (ARGS="--fresh" f
 tour: $(STAMP) ## run docs/tour.md and write its pictures and docs/tour.ipynb
 	@$(BIN)/python docs/make_tour.py
 
-benchmark: $(STAMP) ## the loop's tax and the data path, side by side with peers
-	@$(BIN)/python -m benchmarks.loop_tax
-	@$(BIN)/python -m benchmarks.data_path
+benchmark: $(STAMP) ## the table of docs/benchmarks.md, side by side with peers (ARGS="--only training")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 requirements: $(STAMP) ## compile requirements.txt from pyproject.toml
 	$(UV) pip compile --quiet --universal --all-extras --generate-hashes --no-header --no-annotate \

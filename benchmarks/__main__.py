@@ -1,0 +1,64 @@
+"""Runs the benchmarks one after the other and writes docs/benchmarks.md and docs/benchmarks.json as they end.
+
+In the page, what stands between <!-- name --> and <!-- /name --> is made here, and the rest is written by hand.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from src.files import replacing
+
+NAMES = ("training", "sampling", "sampler_step", "loop_tax", "data_path", "startup")
+PAGE, DATA = Path("docs/benchmarks.md"), Path("docs/benchmarks.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+    )
+    args = parser.parse_args()
+    began = time.perf_counter()
+    for i, name in enumerate(args.only, 1):
+        print(f"[{i} of {len(args.only)}] {name}, after {(time.perf_counter() - began) / 60:.0f} minutes", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "result.json")
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)], check=True)
+            keep(name, json.loads(path.read_text()))
+    print(f"written: {PAGE} and {DATA}, in {(time.perf_counter() - began) / 60:.0f} minutes")
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Puts a benchmark's result in the place of its last one."""
+    everything = json.loads(DATA.read_text()) if DATA.is_file() else {}
+    with replacing(DATA) as temporary:
+        temporary.write_text(json.dumps({**everything, name: result}, indent=1) + "\n")
+    page = PAGE.read_text()
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    made = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{section(result)}\n{end}", page, count=1, flags=re.DOTALL)
+    with replacing(PAGE) as temporary:
+        temporary.write_text(made)
+
+
+def section(result: dict[str, Any]) -> str:
+    """The tables of a result, and where and when they came about, as Markdown."""
+    parts = []
+    for caption, header, rows in result["tables"]:
+        lines = [header, ["---"] * len(header), *rows]
+        parts.append(
+            f"{caption[:1].upper()}{caption[1:]}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts.append(f"*{result['date'][:10]}, {result['device']}; {versions}.*")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
