@@ -5,15 +5,19 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 
+from src.data.augmentation import Augmentation, Nothing
 from src.data.loader import EvalLoader, TrainLoader
 from src.data.sources import ImageSet, Source
 from src.errors import UserError
+from src.launch import rank
 from src.randomness import another, generator, mix
 from src.shapes import as_pair
 
+SHARE_OF_MEMORY = 0.25  # of what is free, for images; the rest is for the network and what it keeps
+
 
 class ImageDataModule(LightningDataModule):
-    """Images in memory as uint8, on the training device when they fit; see `TrainLoader` for order and flips.
+    """Images of one size, on the training device when they fit; see `TrainLoader` for order and flips.
 
     Args:
         source: where the images come from.
@@ -26,6 +30,8 @@ class ImageDataModule(LightningDataModule):
             by a fixed seed, where there is none.
         pad: pixels of black border on each side.
         seed: of the training order.
+        balance: train on each class equally often; see `Balanced`.
+        augment: what else is done to training images; see src/data/augmentation.py.
 
     Attributes:
         images_done: images of the training stream that were seen before.
@@ -47,6 +53,8 @@ class ImageDataModule(LightningDataModule):
         val_images: int,
         pad: int = 0,
         seed: int = 0,
+        balance: bool = False,
+        augment: Augmentation | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("pad", pad, 0)):
@@ -61,6 +69,8 @@ class ImageDataModule(LightningDataModule):
         self.val_images = val_images
         self.pad = pad
         self.seed = seed
+        self.balance = balance
+        self.augment: Augmentation = Nothing() if augment is None else augment
         self.images_done = 0
         self.restores = 0
         self._loaded = False
@@ -102,11 +112,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
-        data = self.train
-        if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
-            data = ImageSet(data.images.to(device), data.labels.to(device))
         return TrainLoader(
-            data,
+            self._placed(device),
             device,
             self.batch_size,
             self.flip,
@@ -114,7 +121,21 @@ class ImageDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             start=self.images_done,
+            augment=self.augment,
+            balance=self.balance,
         )
+
+    def _placed(self, device: torch.device) -> ImageSet:
+        """The training images on the device, when they take at most a quarter of the memory that is free there."""
+        data = self.train
+        if device.type != "cuda":
+            return data
+        size, free = data.images.nbytes, torch.cuda.mem_get_info(device)[0]
+        fits = size < SHARE_OF_MEMORY * free
+        if rank() == 0:
+            place = "on the GPU" if fits else "fetched ahead into pinned memory, a batch at a time"
+            print(f"{len(data):,} training images, {size / 1e9:.2f} GB of {free / 1e9:.2f} free: {place}", flush=True)
+        return ImageSet(data.images.to(device), data.labels.to(device)) if fits else data
 
     def val_dataloader(self) -> EvalLoader:
         assert self.trainer is not None

@@ -22,16 +22,23 @@ from src.errors import UserError
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, (N, C, H, W) uint8, and their classes, (N,) int64."""
+    """Images and their classes.
+
+    Args:
+        images: (N, C, H, W) of uint8, uint16, or float32 in [-1, 1].
+        labels: (N,) int64.
+        mapped: the images lie in a file, whose pages are read when they are looked at.
+    """
 
     images: Tensor
     labels: Tensor
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "ImageSet":
-        return ImageSet(self.images[index], self.labels[index])
+        return ImageSet(self.images[index], self.labels[index], self.mapped and isinstance(index, slice))
 
 
 class Source(Protocol):
