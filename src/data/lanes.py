@@ -67,7 +67,7 @@ class Lane:
     decode: Callable[[Sample], Decoded]
     seed: int
     max_broken: int = 0
-    broken: set[str] = field(default_factory=set)
+    broken: list[str] = field(default_factory=list)
 
     def of_epoch(self, epoch: int) -> list[str]:
         """This lane's shards in that epoch."""
@@ -87,9 +87,8 @@ class Lane:
                     raise sample
                 image, label = self.decode(sample)
             except BrokenImageError as error:
-                self.broken.add(str(error))
                 broken.append(str(error))
-                refuse(self.broken, self.max_broken)
+                note(str(error), self.broken, self.max_broken)
                 continue
             images.append(image)
             labels.append(label)
@@ -112,20 +111,25 @@ class Lane:
                     yield Place(epoch, i + 1), error
                 skip = 0
             if not found:
-                raise UserError(f"no samples are in {', '.join(self.of_epoch(epoch)[:3])}; they are of no use")
+                raise UserError(f"{self.of_epoch(epoch)[0]} holds no samples: files such as 000017.jpg and 000017.cls")
             epoch, start = epoch + 1, 0
 
 
-def refuse(broken: Sequence[str] | set[str], most: int) -> None:
-    """Refuses more broken samples than there may be.
+def note(sentence: str, broken: list[str], most: int) -> bool:
+    """Adds what is broken to what was before, and says whether it is new.
 
     Raises:
-        UserError: naming the last one.
+        UserError: when there is more than may be skipped.
     """
+    if sentence in broken:  # in an epoch before
+        return False
+    broken.append(sentence)
     if len(broken) > most:
-        *_, last = broken
-        before = f", the {len(broken)}th that is broken" if most else ""
-        raise UserError(f"{last}{before}; mend or remove it, or skip up to so many with data.max_broken={most + 1}")
+        before = f" ({most} were skipped before)" if most else ""
+        raise UserError(
+            f"{sentence}{before}; mend or remove it, or skip what is broken with data.max_broken={most + 1}"
+        )
+    return True
 
 
 class Failed(NamedTuple):

@@ -10,7 +10,9 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
+from contextlib import ExitStack, contextmanager
+from glob import has_magic
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.request import urlopen
@@ -53,13 +55,15 @@ def expand(patterns: str | Sequence[str], dir: Path) -> list[str]:
     shards = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in _braces(pattern):
-            path = name if URL.match(name) else str(dir / name)
-            found = sorted(glob(path)) if has_magic(path) and not URL.match(path) else [path]
-            if not found or not (URL.match(path) or Path(found[0]).is_file()):
+            if URL.match(name):
+                shards.append(name)
+                continue
+            path = dir / name
+            root = Path(path.anchor)
+            found = sorted(root.glob(str(path.relative_to(root)))) if has_magic(name) else [path]
+            if not found or not found[0].is_file():
                 raise UserError(f"there is no shard {path}; set data.dir and data.shards to where the tar files are")
-            shards += found
-    if not shards:
-        raise UserError("data.shards names no shards; give paths or URLs such as 'train-{0000..0127}.tar'")
+            shards += map(str, found)
     return shards
 
 
@@ -105,13 +109,17 @@ def samples(shard: str, skip: int = 0) -> Iterator[Sample]:
     except (EOFError, gzip.BadGzipFile, tarfile.TarError) as error:
         raise BrokenImageError(shard, f"is damaged ({error})") from error
     except OSError as error:  # urllib's too
-        raise UserError(f"the shard {shard} cannot be read ({error}); training can go on from its checkpoint") from error
+        raise UserError(
+            f"the shard {shard} cannot be read ({error}); training can go on from its checkpoint"
+        ) from error
 
 
-def _opened(shard: str) -> BinaryIO:
-    raw: Any = urlopen(shard, timeout=TIMEOUT) if URL.match(shard) else open(shard, "rb", buffering=0)  # noqa: SIM115
-    stream: Any = io.BufferedReader(raw, BUFFER)
-    return gzip.open(stream) if shard.endswith(("gz", "gzip")) else stream  # type: ignore[return-value]
+@contextmanager
+def _opened(shard: str) -> Iterator[BinaryIO]:
+    with ExitStack() as stack:
+        raw: Any = urlopen(shard, timeout=TIMEOUT) if URL.match(shard) else FileIO(shard)
+        stream: Any = stack.enter_context(io.BufferedReader(stack.enter_context(raw), BUFFER))
+        yield stack.enter_context(gzip.open(stream)) if shard.endswith("gz") else stream
 
 
 def _members(stream: BinaryIO, shard: str) -> Iterator[tuple[str, int]]:
