@@ -100,8 +100,8 @@ def test_lanczos_is_pillows(mode, channels):
 
 
 def test_lanczos_of_other_types_is_the_same_filter():
-    """Four and five channels by themselves, to the bit; uint16 and float32 within the rounding of Pillow's two passes over
-    uint8, where nothing is clamped between them."""
+    """Four and five channels by themselves, to the bit; uint16 and float32 within the rounding of Pillow's two passes
+    over uint8, where nothing is clamped between them."""
     image = np.random.default_rng(0).integers(96, 160, (50, 40, 5), dtype=np.uint8)
     geometry = Geometry((20, 16))
     alone = np.concatenate([geometry(image[..., c : c + 1], 0) for c in range(5)], 2)
