@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 
+from src.data.images import ImageSet
 from src.data.loader import EvalLoader, TrainLoader
-from src.data.sources import ImageSet, Source
+from src.data.sources import Source
 from src.errors import UserError
 from src.randomness import another, generator, mix
 from src.shapes import as_pair
