@@ -21,7 +21,7 @@ MAX_PIXELS = 2**27  # 11,585 x 11,585; a file of a few kilobytes can claim any n
 FloatRange = tuple[float, float]
 Array = NDArray[np.generic]
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP")  # of Pillow; MPO is the JPEG of telephones
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # of Pillow
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NPY = b"\x93NUMPY"
 
@@ -154,7 +154,7 @@ def _picture(data: bytes, name: str, float_range: FloatRange) -> Array:
                 if width * height > MAX_PIXELS:
                     raise BrokenImageError(name, _too_large((height, width)))
                 frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # whose further frames are previews
+                if frames > 1 and image.format != "MPO":  # JPEG of telephones, whose further frames are previews
                     raise BrokenImageError(name, f"holds {frames} pictures; save each as a file of its own")
                 return finished(_pixels(image, name), name, float_range)
     except BrokenImageError:
