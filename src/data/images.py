@@ -32,7 +32,7 @@ class ImageSet:
     def __getitem__(self, index: Tensor | slice) -> "ImageSet":
         """These images, copied where the index is a tensor."""
         whole = isinstance(index, slice) and self.rows is None
-        images = self.store[index] if whole else self.take(torch.arange(len(self))[index])
+        images = self.store[index] if whole else self.take(self._numbers(index))
         return replace(self.part(index), store=images, rows=None)
 
     @cached_property
@@ -46,10 +46,13 @@ class ImageSet:
 
     def part(self, index: Tensor | slice) -> "ImageSet":
         """These images as a choice of rows; nothing is copied."""
-        chosen = torch.arange(len(self))[index]
-        names = None if self.names is None else [self.names[i] for i in chosen.tolist()]
-        rows = chosen if self.rows is None else self.rows[chosen]
+        numbers = self._numbers(index)
+        names = None if self.names is None else [self.names[i] for i in numbers.tolist()]
+        rows = numbers if self.rows is None else self.rows[numbers]
         return replace(self, labels=self.labels[index], names=names, rows=rows)
+
+    def _numbers(self, index: Tensor | slice) -> Tensor:
+        return torch.arange(*index.indices(len(self))) if isinstance(index, slice) else index
 
     def name(self, i: int) -> str:
         """Of image number i: its own, or its number in the store."""
