@@ -1,14 +1,20 @@
 """The LightningDataModule of every image set."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule
 
+from src.build import check_seed
+from src.data.images import ImageSet
 from src.data.loader import EvalLoader, TrainLoader
-from src.data.sources import ImageSet, Source
+from src.data.reading import read_all
+from src.data.selection import class_names, held_out, limited, listed, of_classes, unlabelled
+from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
-from src.randomness import another, generator, mix
+from src.randomness import another
 from src.shapes import as_pair
 
 
@@ -23,9 +29,14 @@ class ImageDataModule(LightningDataModule):
         batch_size: images a batch, of all devices together.
         flip: mirror each training image with probability 1/2.
         val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
-            by a fixed seed, where there is none.
+            by `val_seed`, where there is none.
         pad: pixels of black border on each side.
         seed: of the training order.
+        labels: where classes are found, see the source; "none" for no classes.
+        classes: names or numbers of the only classes to train on, which are numbered anew in this order.
+        limit: at most so many training images, chosen by a fixed seed.
+        val_list: a text file with the names of the images to validate on, one a line, in place of `val_images`.
+        val_seed: of the choice of `val_images`.
 
     Attributes:
         images_done: images of the training stream that were seen before.
@@ -37,7 +48,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | CatalogueSource,
         dir: str,
         channels: int,
         image_size: int | tuple[int, int],
@@ -47,11 +58,19 @@ class ImageDataModule(LightningDataModule):
         val_images: int,
         pad: int = 0,
         seed: int = 0,
+        labels: str | None = None,
+        classes: Sequence[str | int] | None = None,
+        limit: int | None = None,
+        val_list: str | None = None,
+        val_seed: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("pad", pad, 0)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} must be at least 1, or null for all images")
+        check_seed("data.val_seed", val_seed)
         self.source = source
         self.dir = Path(dir)
         self.image_shape = (channels, *as_pair(image_size))
@@ -61,6 +80,11 @@ class ImageDataModule(LightningDataModule):
         self.val_images = val_images
         self.pad = pad
         self.seed = seed
+        self.labels = labels
+        self.classes = classes
+        self.limit = limit
+        self.val_list = None if val_list is None else Path(val_list)
+        self.val_seed = val_seed
         self.images_done = 0
         self.restores = 0
         self._loaded = False
@@ -69,14 +93,7 @@ class ImageDataModule(LightningDataModule):
         """Reads the images, once."""
         if self._loaded:
             return
-        train, val = self.source.load(self.dir)
-        if val is None:
-            if self.val_images >= len(train):
-                raise UserError(f"data.val_images={self.val_images} leaves nothing of {len(train)} images to train on")
-            order = torch.randperm(len(train), generator=generator(mix(0x5917), 0))
-            train, val = train[order[self.val_images :].sort().values], train[order[: self.val_images].sort().values]
-        else:
-            val = val[: self.val_images]
+        train, val = self._split(*self._load())
         self.train, self.val = self._finish(train), self._finish(val)
         if self.batch_size > len(self.train):
             raise UserError(
@@ -85,11 +102,49 @@ class ImageDataModule(LightningDataModule):
             )
         self._loaded = True
 
-    def _finish(self, data: ImageSet) -> ImageSet:
-        images = torch.nn.functional.pad(data.images, [self.pad] * 4) if self.pad else data.images
-        if tuple(images.shape[1:]) != self.image_shape:
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the classes that there are; one, empty, for images without classes."""
+        return self.train.classes or tuple(map(str, range(self.num_classes)))
+
+    def _load(self) -> tuple[ImageSet, ImageSet | None]:
+        """The images to train on, and those to validate on where the source has some."""
+        if hasattr(self.source, "catalogues"):
+            train, val = self.source.catalogues(self.dir, self.labels)
+            return read_all(train), None if val is None else read_all(val)
+        sets = self.source.load(self.dir)
+        if self.labels not in (None, "none"):
             raise UserError(
-                f"the images are {_shape(tuple(images.shape[1:]))}, not {_shape(self.image_shape)} as data.channels "
+                f"data.labels={self.labels} is for images in files; these come with labels of their own: set null for "
+                f"those, or none"
+            )
+        first, second = (data if data is None or self.labels is None else unlabelled(data) for data in sets)
+        assert first is not None
+        return first, second
+
+    def _split(self, train: ImageSet, val: ImageSet | None) -> tuple[ImageSet, ImageSet]:
+        """Those of the chosen classes to train and to validate on, which share no image."""
+        if self.classes is not None:
+            names = class_names(train)
+            train = of_classes(train, self.classes)
+            val = None if val is None else of_classes(replace(val, classes=names), self.classes)
+            if val is not None and not len(val):
+                raise UserError(f"data.classes={list(self.classes)}: the test split holds no image of these classes")
+        if self.val_list is not None:
+            train, val = listed(train, self.val_list)
+        elif val is None:
+            train, val = held_out(train, self.val_images, self.val_seed)
+        else:
+            val = val[: self.val_images]
+        return train if self.limit is None else limited(train, self.limit), val
+
+    def _finish(self, data: ImageSet) -> ImageSet:
+        if self.pad:
+            data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
+        shape = tuple(data.store.shape[1:])
+        if shape != self.image_shape:
+            raise UserError(
+                f"the images are {_shape(shape)}, not {_shape(self.image_shape)} as data.channels "
                 f"and data.image_size say; set those to what the images are"
             )
         if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
@@ -97,7 +152,7 @@ class ImageDataModule(LightningDataModule):
                 f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
                 f"{self.num_classes} does not allow; they must be 0 to data.num_classes - 1"
             )
-        return ImageSet(images, data.labels)
+        return data
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None

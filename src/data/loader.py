@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.data.sources import ImageSet
+from src.data.images import ImageSet
 from src.randomness import generator, mix
 
 
@@ -104,7 +104,7 @@ class TrainLoader:
         return torch.cat([part[0], rest[0]]), torch.cat([part[1], rest[1]])
 
     def _batch(self, index: Tensor, mirrored: Tensor) -> Batch:
-        images = self.data.images.index_select(0, index)
+        images = self.data.take(index)
         if self.flip:
             images = flip(images, mirrored)
         label = self.data.labels.index_select(0, index)
