@@ -18,6 +18,7 @@ class ImageSet:
         names: one an image, or None where images have no name but their number.
         classes: the classes' names; none where they have no name but their number.
         rows: (N,) int64, which of the store's images these are; None for all of them.
+        mapped: whether the store lies in a file, whose pages are read when they are looked at.
     """
 
     store: Tensor
@@ -25,6 +26,7 @@ class ImageSet:
     names: Sequence[str] | None = None
     classes: Sequence[str] = ()
     rows: Tensor | None = None
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,12 +35,24 @@ class ImageSet:
         """These images, copied where the index is a tensor."""
         whole = isinstance(index, slice) and self.rows is None
         images = self.store[index] if whole else self.take(self._numbers(index))
-        return replace(self.part(index), store=images, rows=None)
+        return replace(self.part(index), store=images, rows=None, mapped=self.mapped and whole)
 
     @cached_property
     def images(self) -> Tensor:
         """(N, C, H, W); the store itself, or the copy of a choice of its rows: `take` a few of those instead."""
         return self.store if self.rows is None else self.store.index_select(0, self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels of these images alone."""
+        return len(self) * self.store[:1].nbytes
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """A copy there, which takes no more memory here than a few images do."""
+        store = torch.empty(len(self), *self.store.shape[1:], dtype=self.store.dtype, device=device)
+        for part in torch.arange(len(self)).split(4096):
+            store[part[0] : part[-1] + 1] = self.take(part).to(device)
+        return replace(self, store=store, labels=self.labels.to(device), rows=None, mapped=False)
 
     def take(self, index: Tensor) -> Tensor:
         """The images with these numbers, (B,) int64, copied: (B, C, H, W)."""

@@ -4,7 +4,9 @@ A folder with
 
     images.bin      (N, C, H, W) of uint8, uint16 or float32, little-endian, nothing else
     labels.npy      (N,) int64
+    names.json      of each image, as its source called it
     manifest.json   see `Manifest`; written last: without it the folder is no store
+    val             a store of the images to validate on, where the source has some
 
 Processes that map a store share its pages, and those of a store that is larger than memory come and go as they are
 needed.
@@ -24,8 +26,11 @@ from src.files import sha256, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from src.data.images import ImageSet
+
 FORMAT = 1
-IMAGES, LABELS, MANIFEST = "images.bin", "labels.npy", "manifest.json"
+IMAGES, LABELS, NAMES, MANIFEST = "images.bin", "labels.npy", "names.json", "manifest.json"
+VAL = "val"
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 AROUND = 2**16  # bytes that the kernel maps around one that is touched
 KEPT = 2**29  # bytes of a store that a process holds mapped at a time
@@ -140,6 +145,7 @@ class Store:
         import numpy as np
         import torch
 
+        self.folder = folder
         self.manifest = manifest = read_manifest(folder)
         try:
             labels = np.load(folder / LABELS, allow_pickle=False)
@@ -160,6 +166,27 @@ class Store:
         self.images: Tensor = flat.view(manifest.count, *manifest.shape)
         self.labels: Tensor = torch.from_numpy(labels)
         self._touched = 0
+
+    def image_set(self, named: bool = False) -> "ImageSet":
+        """The images with their labels, and their names where those are wanted."""
+        from src.data.images import ImageSet
+
+        names = self.names() if named else None
+        return ImageSet(self.images, self.labels, names, tuple(self.manifest.classes), mapped=True)
+
+    def names(self) -> list[str]:
+        """Of each image, as its source called it.
+
+        Raises:
+            UserError: when the file is damaged.
+        """
+        try:
+            names = json.loads((self.folder / NAMES).read_text())
+            if len(names) != self.manifest.count:
+                raise ValueError(f"{len(names)} names")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{shown(self.folder / NAMES)} cannot be read ({error}); pack the images anew") from error
+        return list(names)
 
     def touched(self, images: int) -> None:
         """Says that so many images were read. Every half GiB or so the pages that this process holds are let go of,
@@ -182,9 +209,10 @@ class Packed:
 
     verify: bool = False
 
-    def open(self, dir: Path) -> Store:
-        """The store in the folder `dir`."""
-        return Store(dir, self.verify)
+    def open(self, dir: Path) -> tuple[Store, Store | None]:
+        """The store in the folder `dir`, and that of its images to validate on, where it has some."""
+        val = dir / VAL
+        return Store(dir, self.verify), Store(val, self.verify) if val.exists() else None
 
 
 def cache_folder() -> Path:

@@ -22,7 +22,18 @@ import numpy as np
 
 from src.data.catalogue import BrokenImageError, Catalogue
 from src.data.geometry import Geometry
-from src.data.packed import FORMAT, IMAGES, LABELS, MANIFEST, Manifest, read_manifest
+from src.data.packed import (
+    FORMAT,
+    IMAGES,
+    LABELS,
+    MANIFEST,
+    NAMES,
+    VAL,
+    Manifest,
+    Store,
+    cache_folder,
+    read_manifest,
+)
 from src.data.preparing import Chunk, Preparation, read
 from src.data.workers import in_order
 from src.errors import UserError
@@ -30,7 +41,7 @@ from src.files import remove_temporaries, replacing, shown
 from src.lock import Lock
 
 PROGRESS = "progress.json"
-OWN = {IMAGES, LABELS, MANIFEST, PROGRESS, ".lock"}
+OWN = {IMAGES, LABELS, NAMES, MANIFEST, PROGRESS, VAL, ".lock"}
 CHUNK_BYTES = 2**20  # of packed images that a process hands over at once, about
 CHUNK = 256  # images, at most
 SMALL = 1024  # so many are decoded here: processes would take longer to start
@@ -146,6 +157,26 @@ def pack(
             return _Packer(catalogue, geometry, out, channels, max_broken, processes).run()
         finally:
             lock.release()
+
+
+def packed_once(catalogue: Catalogue, geometry: Geometry, channels: int, max_broken: int) -> Store:
+    """The store of a catalogue in the cache: packed by whoever comes first, mapped by all.
+
+    Raises:
+        UserError: see `pack`.
+    """
+    key = json.dumps(identity(catalogue, geometry, channels), sort_keys=True)
+    folder = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not (folder / MANIFEST).exists():
+        _say(f"packing {len(catalogue.names):,} images of {catalogue.where}, once, into {folder}")
+    manifest = pack(catalogue, geometry, folder, channels, max_broken, wait=True)
+    if len(manifest.skipped) > max_broken:  # of a packing that was allowed more
+        name, reason = manifest.skipped[max_broken]
+        raise UserError(
+            f"{name} {reason}, and {len(manifest.skipped)} images of {catalogue.where} cannot be used; repair them, or "
+            f"leave them out with data.max_broken={len(manifest.skipped)}"
+        )
+    return Store(folder)
 
 
 class _Packer:
@@ -290,6 +321,7 @@ class _Packer:
             np.save(file, labels)
             file.flush()
             os.fsync(file.fileno())
+        _write_json(self.out / NAMES, [name for name, keep in zip(self.catalogue.names, kept, strict=True) if keep])
         manifest = self._manifest(progress, sha256)
         _write_json(self.out / MANIFEST, asdict(manifest))
         (self.out / PROGRESS).unlink(missing_ok=True)
@@ -353,7 +385,7 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> str:
     return ", ".join({"fingerprint": "the files", "images_and_labels": "names and labels"}.get(n, n) for n in names)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any] | list[str]) -> None:
     with replacing(path) as temporary, temporary.open("w") as file:
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()

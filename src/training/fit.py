@@ -47,6 +47,8 @@ from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
 
+NOTHING = {"_target_": "src.data.augmentation.Nothing"}
+
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
     """Trains in `run_dir`, or continues the run that config["run"] names in its own folder.
@@ -87,7 +89,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         return float(resume["callbacks"]["Checkpoint"]["best"])
     if launch is not None:
         share_cores(launch)
-    data = build(config["data"], "data")
+    augment = config.get("augment", NOTHING)  # which runs of older versions do not have
+    data = build(config["data"], "data", augment=build(augment, "augment"))
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
         check_architecture(training.net, net_state(resume["state_dict"]), run.checkpoint)
