@@ -89,6 +89,7 @@ class STL10:
     def load(self, dir: Path) -> tuple[ImageSet, ImageSet | None]:
         folder = dir / "stl10_binary"
         files = [f"{split}_{kind}.bin" for split in ("train", "test") for kind in ("X", "y")]
+        files.append("unlabeled_X.bin")  # which torchvision wants to see
         splits = [{"split": "train"}, {"split": "test"}]
         return both("STL10", dir, folder, files, f"its folder {folder}", splits, self._convert)
 
