@@ -186,7 +186,7 @@ class ImageDataModule(LightningDataModule):
         if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
             raise UserError(
                 f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
-                f"{self.num_classes} does not allow; they must be 0 to data.num_classes - 1"
+                f"{self.num_classes} does not allow; set data.num_classes={int(data.labels.max()) + 1}"
             )
         return data
 

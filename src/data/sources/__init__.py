@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 from src.data.catalogue import Catalogue
+from src.data.catalogues.folder import Folder
+from src.data.catalogues.hub import Hub
+from src.data.catalogues.npz import Npz
+from src.data.catalogues.parquet import Parquet
+from src.data.catalogues.photographs import CelebA, Flowers102
+from src.data.catalogues.zipped import Zip
 from src.data.images import ImageSet
 from src.data.sources.digits import Digits
 from src.data.sources.downloads import CIFAR10, CIFAR100, MNIST, STL10, SVHN, read_zip
-from src.data.sources.folder import Folder
-from src.data.sources.zipped import Zip
 
 __all__ = [
     "CIFAR10",
@@ -23,9 +27,14 @@ __all__ = [
     "STL10",
     "SVHN",
     "CatalogueSource",
+    "CelebA",
     "Digits",
+    "Flowers102",
     "Folder",
+    "Hub",
     "ImageSet",
+    "Npz",
+    "Parquet",
     "Source",
     "Zip",
     "read_zip",

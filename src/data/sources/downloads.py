@@ -1,6 +1,5 @@
 """Image sets of torchvision that fit into memory; downloaded where they are not there."""
 
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Any
 
 import torch
 
+from src.data.catalogues.fetching import fetched
+from src.data.catalogues.zipped import Zip
 from src.data.images import ImageSet
 from src.data.reading import read_all
-from src.data.sources.zipped import Zip
-from src.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ class STL10:
     def load(self, dir: Path) -> tuple[ImageSet, ImageSet | None]:
         folder = dir / "stl10_binary"
         files = [f"{split}_{kind}.bin" for split in ("train", "test") for kind in ("X", "y")]
+        files.append("unlabeled_X.bin")  # which torchvision wants to see
         splits = [{"split": "train"}, {"split": "test"}]
         return both("STL10", dir, folder, files, f"its folder {folder}", splits, self._convert)
 
@@ -118,44 +118,20 @@ def both(
     files: Sequence[str],
     where: str,
     splits: Sequence[dict[str, Any]],
-    convert: Callable[[Any], Any],
-) -> Any:
-    """The splits of a torchvision set, downloaded where they are not there.
+    convert: Callable[[Any], ImageSet],
+) -> tuple[ImageSet, ImageSet]:
+    """Both splits of a torchvision set; see `fetched`.
 
     Args:
-        name: torchvision's class.
-        root: the folder that it is given.
-        folder: where it keeps the files.
-        files: what must be there.
-        where: the same for a reader.
         splits: the arguments that choose each.
         convert: what is made of a split.
-
-    Raises:
-        UserError: when the files are missing and cannot be downloaded, or are damaged.
     """
-    import torchvision.datasets
 
-    missing = [file for file in files if not (folder / file).exists()]
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # a download that stalls ends
-    try:
-        cls = getattr(torchvision.datasets, name)
-        return tuple(convert(cls(str(root), **split, download=True)) for split in splits)
-    except Exception as error:  # torchvision meets damage with whatever its parser happens to raise
-        reason = " ".join(str(error).split())
-        if not missing:
-            raise UserError(f"{name} in {root} is damaged ({reason}); replace it by {where}") from error
-        for parent in made:  # by torchvision, for files that did not come
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise UserError(
-            f"{name} is not in {root} ({', '.join(missing)} missing) and could not be downloaded ({reason}); "
-            f"provide {where}, or set data.dir"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    def make(cls: Any) -> tuple[ImageSet, ImageSet]:
+        train, test = (convert(cls(str(root), **split, download=True)) for split in splits)
+        return train, test
+
+    return fetched(name, root, folder, files, where, make)
 
 
 def _cifar(split: Any) -> ImageSet:

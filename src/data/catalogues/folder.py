@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.catalogue import BrokenImageError, Catalogue
+from src.data.catalogues.common import catalogues, digest, is_hidden, is_image
 from src.data.decoding import Array, FloatRange, check_float_range, decode
-from src.data.sources.files import catalogues, digest, is_hidden, is_image
 from src.errors import UserError
 
 
