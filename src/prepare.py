@@ -40,7 +40,9 @@ def prepare(config: dict[str, Any], out: Path) -> None:
         raise UserError(f"processes={config['processes']} must be at least 1, or null for one a core")
     source = build(data["source"], "data.source")
     if not hasattr(source, "catalogues"):
-        raise UserError("these images need no preparing, train from them as they are; data=folder, zip, npz, parquet and hub do")
+        raise UserError(
+            "these images need no preparing, train from them as they are; data=folder, zip, npz, parquet and hub do"
+        )
     with refusals("size"):
         geometry = Geometry(parse_size(config["size"]), config["crop"], config["resize"], config["seed"])
     train, val = source.catalogues(Path(data["dir"]), data.get("labels"))
@@ -61,8 +63,8 @@ def _report(manifest: Any, folder: Path) -> None:
 
     channels, height, width = manifest.shape
     print(
-        f"{manifest.count:,} images, {height}x{width} with {channels} channel{'s' * (channels > 1)} of {manifest.dtype}, "
-        f"{manifest.nbytes / 2**20:,.1f} MiB, in {shown(folder)}"
+        f"{manifest.count:,} images, {height}x{width} with {channels} channel{'s' * (channels > 1)} of "
+        f"{manifest.dtype}, {manifest.nbytes / 2**20:,.1f} MiB, in {shown(folder)}"
     )
     if manifest.skipped:
         name, reason = manifest.skipped[0]

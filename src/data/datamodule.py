@@ -58,7 +58,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source | CatalogueSource,
+        source: Source | CatalogueSource | Packed,
         dir: str,
         channels: int,
         image_size: int | tuple[int, int],

@@ -111,7 +111,8 @@ def read(catalogue: Catalogue, number: int) -> NDArray[np.generic]:
 
 
 def with_channels(image: NDArray[np.generic], channels: int, name: str) -> NDArray[np.generic]:
-    """(H, W, channels): the image itself, or a grey one whose channel is repeated.
+    """(H, W, channels): the image itself, a grey one whose channel is repeated, or one without what tells nothing: alpha
+    that is opaque everywhere, colour that is grey everywhere.
 
     Raises:
         BrokenImageError: for any other number of channels.
@@ -121,9 +122,14 @@ def with_channels(image: NDArray[np.generic], channels: int, name: str) -> NDArr
         return image
     if there == 1 and channels == 3:
         return np.broadcast_to(image, (*image.shape[:2], 3))
+    opaque = 1.0 if image.dtype == np.float32 else np.iinfo(image.dtype).max  # type: ignore[type-var]
+    if (there, channels) == (4, 3) and (image[..., 3] == opaque).all():
+        return image[..., :3]
+    if (there, channels) == (3, 1) and (image == image[..., :1]).all():
+        return image[..., :1]
     mend = {
-        (3, 1): "set data.channels=3, and grey images become colour",
-        (4, 3): "save it without transparency, or set data.channels=4 where all have it",
+        (3, 1): "it is in colour: set data.channels=3, and grey images become colour, too",
+        (4, 3): "parts of it are transparent: save it without, or set data.channels=4 where all images have it",
     }
     what = f"has {there} channel{'s' * (there > 1)}, and {channels} {'are' if channels > 1 else 'is'} wanted"
     raise BrokenImageError(name, f"{what}; {mend.get((there, channels), 'make all images alike')}")

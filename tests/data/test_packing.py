@@ -325,7 +325,7 @@ def test_all_broken(tmp_path):
 
 
 ODD = {
-    "has 4 channels, and 3 are wanted; save it without transparency": noise(1, (6, 5, 4)),
+    "has 4 channels, and 3 are wanted; parts of it are transparent: save it without": noise(1, (6, 5, 4)),
     "has 2 channels, and 3 are wanted; make all images alike": noise(1, (6, 5, 2)),
     "holds uint16 values, and the first image uint8": noise(1, dtype="uint16"),
     "holds float64 of shape": [np.zeros((6, 5, 3))],
@@ -352,11 +352,24 @@ def test_not_a_number_is_refused_by_name(tmp_path):
 
 def test_grey_images_become_colour_where_colour_is_wanted(tmp_path):
     grey = noise(1, (6, 5, 1))
-    with pytest.raises(UserError, match=r"00001.png has 3 channels, and 1 is wanted; set data.channels=3"):
+    with pytest.raises(
+        UserError, match=r"00001.png has 3 channels, and 1 is wanted; it is in colour: set data.channels=3"
+    ):
         pack(Made([*grey, *noise(1)]), SAME, tmp_path / "grey")
     pack(Made([*grey, *noise(1)]), SAME, tmp_path / "out", channels=3)
     first = Store(tmp_path / "out").images[0].numpy()
     np.testing.assert_array_equal(first, grey[0].transpose(2, 0, 1).repeat(3, 0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_channels_that_tell_nothing_are_dropped(tmp_path, dtype):
+    """Screenshots have an alpha that is opaque everywhere; scanners save grey as colour."""
+    image = noise(1, (6, 5, 4), dtype)[0]
+    image[..., 3] = 1 if dtype == "float32" else np.iinfo(dtype).max
+    pack(Made([image]), SAME, tmp_path / "colour", channels=3)
+    np.testing.assert_array_equal(Store(tmp_path / "colour").images[0].numpy(), image[..., :3].transpose(2, 0, 1))
+    pack(Made([image[..., :1].repeat(3, 2)]), SAME, tmp_path / "grey", channels=1)
+    np.testing.assert_array_equal(Store(tmp_path / "grey").images[0, 0].numpy(), image[..., 0])
 
 
 def test_what_cropping_took_is_counted(tmp_path):
