@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from src.build import check, check_arguments, check_seed, unknown_key
+from src.data.packed import described
 from src.devices import claim_gpu
 from src.errors import UserError
 from src.failures import forget_failure, note_failure
@@ -57,6 +58,7 @@ def _register_stamp(resumes: bool = False) -> None:
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
 OmegaConf.register_new_resolver("share", share, replace=True)
+OmegaConf.register_new_resolver("packed", described, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
 _register_stamp()
 Task = Callable[[dict[str, Any], Path], Any]

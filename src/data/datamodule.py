@@ -1,16 +1,24 @@
 """The LightningDataModule of every image set."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule
 
+from src.build import check_seed, refusals
 from src.data.augmentation import Augmentation, Nothing
-from src.data.loader import EvalLoader, TrainLoader
-from src.data.sources import ImageSet, Source
+from src.data.geometry import Crop, Geometry, Resize
+from src.data.images import ImageSet
+from src.data.loader import Batch, EvalLoader, TrainLoader
+from src.data.packed import Packed, Store
+from src.data.packing import packed_once
+from src.data.selection import class_names, held_out, limited, listed, of_classes, unlabelled
+from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
 from src.launch import rank
-from src.randomness import another, generator, mix
+from src.randomness import another
 from src.shapes import as_pair
 
 SHARE_OF_MEMORY = 0.25  # of what is free, for images; the rest is for the network and what it keeps
@@ -27,11 +35,18 @@ class ImageDataModule(LightningDataModule):
         batch_size: images a batch, of all devices together.
         flip: mirror each training image with probability 1/2.
         val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
-            by a fixed seed, where there is none.
+            by `val_seed`, where there is none.
         pad: pixels of black border on each side.
         seed: of the training order.
+        labels: where classes are found, see the source; "none" for no classes.
+        classes: names or numbers of the only classes to train on, which are numbered anew in this order.
+        limit: at most so many training images, chosen by a fixed seed.
+        val_list: a text file with the names of the images to validate on, one a line, in place of `val_images`.
+        val_seed: of the choice of `val_images`.
         balance: train on each class equally often; see `Balanced`.
         augment: what else is done to training images; see src/data/augmentation.py.
+        crop, resize: how images in files come to image_size; see `Geometry`.
+        max_broken: so many images in files may be left out because they cannot be read.
 
     Attributes:
         images_done: images of the training stream that were seen before.
@@ -43,7 +58,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | CatalogueSource | Packed,
         dir: str,
         channels: int,
         image_size: int | tuple[int, int],
@@ -53,13 +68,24 @@ class ImageDataModule(LightningDataModule):
         val_images: int,
         pad: int = 0,
         seed: int = 0,
+        labels: str | None = None,
+        classes: Sequence[str | int] | None = None,
+        limit: int | None = None,
+        val_list: str | None = None,
+        val_seed: int = 0,
         balance: bool = False,
         augment: Augmentation | None = None,
+        crop: Crop = "center",
+        resize: Resize = "lanczos",
+        max_broken: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("pad", pad, 0)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} must be at least 1, or null for all images")
+        check_seed("data.val_seed", val_seed)
         self.source = source
         self.dir = Path(dir)
         self.image_shape = (channels, *as_pair(image_size))
@@ -69,24 +95,26 @@ class ImageDataModule(LightningDataModule):
         self.val_images = val_images
         self.pad = pad
         self.seed = seed
+        self.labels = labels
+        self.classes = classes
+        self.limit = limit
+        self.val_list = None if val_list is None else Path(val_list)
+        self.val_seed = val_seed
         self.balance = balance
         self.augment: Augmentation = Nothing() if augment is None else augment
+        self.crop: Crop = crop
+        self.resize: Resize = resize
+        self.max_broken = max_broken
         self.images_done = 0
         self.restores = 0
         self._loaded = False
+        self._stores: tuple[Store | None, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images, once."""
         if self._loaded:
             return
-        train, val = self.source.load(self.dir)
-        if val is None:
-            if self.val_images >= len(train):
-                raise UserError(f"data.val_images={self.val_images} leaves nothing of {len(train)} images to train on")
-            order = torch.randperm(len(train), generator=generator(mix(0x5917), 0))
-            train, val = train[order[self.val_images :].sort().values], train[order[: self.val_images].sort().values]
-        else:
-            val = val[: self.val_images]
+        train, val = self._split(*self._load())
         self.train, self.val = self._finish(train), self._finish(val)
         if self.batch_size > len(self.train):
             raise UserError(
@@ -95,19 +123,72 @@ class ImageDataModule(LightningDataModule):
             )
         self._loaded = True
 
-    def _finish(self, data: ImageSet) -> ImageSet:
-        images = torch.nn.functional.pad(data.images, [self.pad] * 4) if self.pad else data.images
-        if tuple(images.shape[1:]) != self.image_shape:
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the classes that there are; one, empty, for images without classes."""
+        return self.train.classes or tuple(map(str, range(self.num_classes)))
+
+    def _load(self) -> tuple[ImageSet, ImageSet | None]:
+        """The images to train on, and those to validate on where the source has some."""
+        if hasattr(self.source, "load"):
+            sets = self.source.load(self.dir)
+        else:
+            self._stores = self._opened()
+            sets = [None if store is None else store.image_set(self.val_list is not None) for store in self._stores]
+        if self.labels not in (None, "none") and not hasattr(self.source, "catalogues"):
             raise UserError(
-                f"the images are {_shape(tuple(images.shape[1:]))}, not {_shape(self.image_shape)} as data.channels "
+                f"data.labels={self.labels} is for images in files; these come with labels of their own: set null for "
+                f"those, or none"
+            )
+        first, second = (data if data is None or self.labels != "none" else unlabelled(data) for data in sets)
+        assert first is not None
+        return first, second
+
+    def _opened(self) -> tuple[Store, Store | None]:
+        """The packed images of a source that has more of them than fit into memory, or does not know how many."""
+        if isinstance(self.source, Packed):
+            return self.source.open(self.dir)
+        channels, height, width = self.image_shape
+        with refusals("data"):
+            geometry = Geometry((height - 2 * self.pad, width - 2 * self.pad), self.crop, self.resize)
+        found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
+        first, second = (None if c is None else packed_once(c, geometry, channels, self.max_broken) for c in found)
+        assert first is not None
+        return first, second
+
+    def _split(self, train: ImageSet, val: ImageSet | None) -> tuple[ImageSet, ImageSet]:
+        """Those of the chosen classes to train and to validate on, which share no image."""
+        if self.classes is not None:
+            names = class_names(train)
+            train = of_classes(train, self.classes)
+            val = None if val is None else of_classes(replace(val, classes=names), self.classes)
+            if val is not None and not len(val):
+                raise UserError(f"data.classes={list(self.classes)}: the test split holds no image of these classes")
+        if self.val_list is not None:
+            train, val = listed(train, self.val_list)
+        elif val is None:
+            train, val = held_out(train, self.val_images, self.val_seed)
+        else:
+            val = val[: self.val_images]
+        return train if self.limit is None else limited(train, self.limit), val
+
+    def _finish(self, data: ImageSet) -> ImageSet:
+        if self.pad and isinstance(self.source, Packed):
+            raise UserError(f"data.pad={self.pad} would copy a packed store into memory; pack images of that size")
+        if self.pad:
+            data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
+        shape = tuple(data.store.shape[1:])
+        if shape != self.image_shape:
+            raise UserError(
+                f"the images are {_shape(shape)}, not {_shape(self.image_shape)} as data.channels "
                 f"and data.image_size say; set those to what the images are"
             )
         if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
             raise UserError(
                 f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
-                f"{self.num_classes} does not allow; they must be 0 to data.num_classes - 1"
+                f"{self.num_classes} does not allow; set data.num_classes={int(data.labels.max()) + 1}"
             )
-        return ImageSet(images, data.labels)
+        return data
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
@@ -130,12 +211,12 @@ class ImageDataModule(LightningDataModule):
         data = self.train
         if device.type != "cuda":
             return data
-        size, free = data.images.nbytes, torch.cuda.mem_get_info(device)[0]
+        size, free = data.nbytes, torch.cuda.mem_get_info(device)[0]
         fits = size < SHARE_OF_MEMORY * free
         if rank() == 0:
             place = "on the GPU" if fits else "fetched ahead into pinned memory, a batch at a time"
             print(f"{len(data):,} training images, {size / 1e9:.2f} GB of {free / 1e9:.2f} free: {place}", flush=True)
-        return ImageSet(data.images.to(device), data.labels.to(device)) if fits else data
+        return data.to(device) if fits else data
 
     def val_dataloader(self) -> EvalLoader:
         assert self.trainer is not None
@@ -146,6 +227,13 @@ class ImageDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lets a mapped file's pages go that were read some time ago."""
+        for store in self._stores:
+            if store is not None:
+                store.touched(len(batch.index))
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """The loader's position: images that training has seen."""

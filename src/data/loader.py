@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from src.data.augmentation import Augmentation, Nothing, flip
+from src.data.images import ImageSet
 from src.data.order import Balanced, Order, Shuffled
 from src.data.prefetch import ahead
-from src.data.sources import ImageSet
 from src.randomness import generator, mix
 
 AHEAD = 3  # batches that are fetched ahead
@@ -92,8 +92,8 @@ class TrainLoader:
         self.share = batch_size // world_size
         self.start = start
         self.order: Order = Balanced(data.labels, mix(seed, 0xBA1A)) if balance else Shuffled(len(data))
-        self.pinned = device.type == "cuda" and data.images.device.type == "cpu"
-        images = data.images.view(torch.int16) if data.images.dtype == torch.uint16 else data.images
+        self.pinned = device.type == "cuda" and data.store.device.type == "cpu"
+        images = data.store.view(torch.int16) if data.store.dtype == torch.uint16 else data.store
         self.channels_last = not images.is_contiguous() and images.permute(0, 2, 3, 1).is_contiguous()
         self.rows = images.permute(0, 2, 3, 1) if self.channels_last else images  # as they lie: a row is one stretch
         self._epoch = -1
@@ -108,7 +108,8 @@ class TrainLoader:
         low = self.start + self.rank * self.share
         while True:
             index, *drawn = self._draw(low, low + self.share)
-            yield (self._select(self.rows, index), self._select(self.data.labels, index), index, *drawn)
+            images = self._select(self.rows, index if self.data.rows is None else self.data.rows[index])
+            yield (images, self._select(self.data.labels, index), index, *drawn)
             low += self.batch_size
 
     def _draw(self, low: int, high: int) -> tuple[Tensor, ...]:
@@ -117,7 +118,7 @@ class TrainLoader:
         epoch, first = divmod(low, n)
         if epoch != self._epoch:
             g = generator(mix(self.seed, 0xDA7A), epoch)
-            order = self.order(epoch, g).to(self.data.images.device)
+            order = self.order(epoch, g).to(self.data.store.device)
             mirrored = (torch.rand(n, generator=g) < 0.5).to(self.device)
             self._drawn = order, mirrored, self.augment.draw(n, g).to(self.device)
             self._epoch = epoch
@@ -137,7 +138,7 @@ class TrainLoader:
         images = images.to(self.device, non_blocking=True)
         if self.channels_last:
             images = images.permute(0, 3, 1, 2).contiguous()
-        if self.data.images.dtype == torch.uint16:
+        if self.data.store.dtype == torch.uint16:
             images = normalize(images.view(torch.uint16))
         if self.flip:
             images = flip(images, mirrored)  # of bytes where they are bytes: a quarter of the work

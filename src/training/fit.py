@@ -25,6 +25,7 @@ from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
 from src.launch import launched, rank
+from src.lock import Lock
 from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
 from src.randomness import another
@@ -34,7 +35,6 @@ from src.training.checkpoint import VALIDATION
 from src.training.ending import explained
 from src.training.guard import Diverged, Guard
 from src.training.init import initialize
-from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV

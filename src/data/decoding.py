@@ -1,0 +1,226 @@
+"""One image file's bytes to an array; every way in which they can be broken, in plain words.
+
+PNG, JPEG, WebP, TIFF and BMP, of 8 or 16 bits, grey, coloured, with alpha or a palette; and .npy with any number of
+channels. What a file holds is told from its bytes, not from its name. Values keep their file's type, whose range is
+the images': 0 to 255, 0 to 65535, and for floats the range that the user states.
+"""
+
+import contextlib
+import io
+import warnings
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.catalogue import BrokenImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".npy")
+MAX_PIXELS = 2**27  # 11,585 x 11,585; a file of a few kilobytes can claim any number, and would fill the memory
+
+FloatRange = tuple[float, float]
+Array = NDArray[np.generic]
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # of Pillow
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NPY = b"\x93NUMPY"
+
+
+def decode(data: bytes, name: str, float_range: FloatRange = (-1.0, 1.0)) -> Array:
+    """The image that a file's bytes hold.
+
+    Args:
+        data: the whole file.
+        name: of the image, for messages.
+        float_range: what the values of a file of floats span; they are mapped linearly from it to [-1, 1].
+
+    Returns:
+        (H, W, C): uint8 or uint16 as stored, or float32 in [-1, 1]. Grey images have one channel, those with alpha or
+        a transparent colour four, palettes the channels of their colours; an EXIF orientation is applied.
+
+    Raises:
+        BrokenImageError: when it is none, is damaged, is too large, or holds values without a range.
+    """
+    if not data:
+        raise BrokenImageError(name, "is empty (0 bytes)")
+    if data.startswith(_NPY):
+        return _npy(data, name, float_range)
+    if data.startswith(_PNG) and len(data) > 26 and data[24] == 16 and data[25] != 0:
+        return _deep_png(data, name)
+    return _picture(data, name, float_range)
+
+
+def check_float_range(float_range: FloatRange) -> None:
+    """Raises a ValueError where the values of floats cannot span this."""
+    low, high = float_range
+    if not low < high:
+        raise ValueError(f"float_range=[{low}, {high}] must be [lowest, highest], such as [0, 1]")
+
+
+def finished(array: Array, name: str, float_range: FloatRange = (-1.0, 1.0)) -> Array:
+    """An array of pixels as an image: (H, W) or (H, W, C), bool, uint8, uint16 or floats.
+
+    Raises:
+        BrokenImageError: for another shape or type, and for floats that are not finite or leave their range.
+    """
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or not array.size:
+        raise BrokenImageError(name, f"holds an array of shape {array.shape}, not (height, width, channels)")
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "f":
+        return _scaled(array, name, float_range)
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise BrokenImageError(
+            name, f"holds {array.dtype} values, which have no range of their own; uint8, uint16 or floats do"
+        )
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def _scaled(array: Array, name: str, float_range: FloatRange) -> Array:
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        y, x, c = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise BrokenImageError(name, f"holds {values[y, x, c]} at row {y}, column {x}, channel {c}")
+    low, high = float_range
+    least, most = float(values.min()), float(values.max())
+    if least < low or most > high:
+        raise BrokenImageError(
+            name,
+            f"holds values from {least:.6g} to {most:.6g}, outside {low:g} to {high:g}; "
+            f"set data.source.float_range to what they span",
+        )
+    return ((values - low) * (2 / (high - low)) - 1).astype(np.float32)
+
+
+def _npy(data: bytes, name: str, float_range: FloatRange) -> Array:
+    shape, fortran, dtype, start = npy_header(io.BytesIO(data), name)
+    if dtype.hasobject:
+        raise BrokenImageError(name, "holds Python objects, not numbers; they could run code, and are not opened")
+    size = prod(shape) * dtype.itemsize
+    if prod(shape[:2]) > MAX_PIXELS:
+        raise BrokenImageError(name, _too_large(shape[:2]))
+    if len(data) - start < size:
+        raise BrokenImageError(name, f"is cut short: {len(data) - start:,} bytes of {size:,} are there")
+    array = np.frombuffer(data, dtype, count=prod(shape), offset=start)
+    return finished(array.reshape(shape, order="F" if fortran else "C"), name, float_range)
+
+
+def npy_header(file: io.BufferedIOBase, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether in Fortran's order, type, and where the numbers begin; reads no more than the header.
+
+    Raises:
+        BrokenImageError: when it is damaged.
+    """
+    start = file.tell()
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
+        if read is None:
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = read(file)
+    except (ValueError, TypeError, SyntaxError, EOFError) as error:  # whatever NumPy's parser of Python text raises
+        raise BrokenImageError(name, f"has a damaged .npy header ({_one_line(error)})") from error
+    return shape, fortran, dtype, file.tell() - start
+
+
+def _deep_png(data: bytes, name: str) -> Array:
+    """A 16-bit PNG with more than one channel, of which Pillow keeps the upper bytes only."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    if width * height > MAX_PIXELS:
+        raise BrokenImageError(name, _too_large((height, width)))
+    try:
+        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    except RuntimeError as error:
+        raise BrokenImageError(name, f"is a damaged PNG ({_one_line(error)})") from error
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    if array.shape[2] == 2:  # grey and alpha, as for 8 bits
+        array = np.concatenate([array[..., :1].repeat(3, 2), array[..., 1:]], 2)
+    return array
+
+
+def _picture(data: bytes, name: str, float_range: FloatRange) -> Array:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are refused below, and of metadata that nobody reads
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BrokenImageError(name, _too_large((height, width)))
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # JPEG of telephones, whose further frames are previews
+                    raise BrokenImageError(name, f"holds {frames} pictures; save each as a file of its own")
+                return finished(_pixels(image, name), name, float_range)
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(name, _what_else(data)) from error
+    except Image.DecompressionBombError as error:
+        raise BrokenImageError(name, f"claims more than {MAX_PIXELS:,} pixels; make it smaller first") from error
+    except Exception as error:  # damage reaches the user as whatever Pillow's parsers happen to raise
+        kind = _one_line(error)
+        if "truncated" in kind.lower():
+            raise BrokenImageError(name, f"is cut short ({kind})") from error
+        raise BrokenImageError(name, f"is damaged ({kind})") from error
+
+
+def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defined]  # noqa: F821
+    from PIL import ImageOps
+
+    if image.format == "TIFF":
+        bits = set(image.tag_v2.get(258, (1,)))
+        if max(bits) > 8 and len(image.getbands()) > 1:  # Pillow would keep the upper bytes
+            raise BrokenImageError(
+                name, f"is a TIFF of {max(bits)} bits in colour, which is not read; save it as 16-bit PNG or .npy"
+            )
+    image.load()
+    kind = image.format
+    with contextlib.suppress(Exception):  # unreadable metadata says nothing of the orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("P", "PA", "L", "RGB", "LA", "La") and (
+        "transparency" in image.info or image.mode in ("PA", "LA", "La")
+    ):
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        grey = image.palette is not None and image.palette.mode == "L"
+        image = image.convert("L" if grey else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    if image.mode == "I" and kind == "PNG":  # of 16 bits, in older versions of Pillow
+        return array.astype(np.uint16)
+    return array
+
+
+def _what_else(data: bytes) -> str:
+    start = data[:64]
+    if start[:4] in (b"GIF8", b"%PDF", b"PK\x03\x04"):
+        return f"is a {start[:4].decode('latin1').strip('8%')} file, not an image that is read here"
+    try:
+        text = data[:512].decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(data[:512]) - 4:
+            return "is no image that is read here: PNG, JPEG, WebP, TIFF, BMP or .npy"
+        text = data[: error.start].decode()
+    if text.isprintable() or all(c.isprintable() or c.isspace() for c in text):
+        return f"is text, not an image: it begins {' '.join(text.split())[:30]!r}"
+    return "is no image that is read here: PNG, JPEG, WebP, TIFF, BMP or .npy"
+
+
+def _too_large(shape: tuple[int, ...]) -> str:
+    return (
+        f"claims {'x'.join(f'{n:,}' for n in shape)} pixels, more than the {MAX_PIXELS:,} that are decoded; "
+        f"make it smaller first"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
