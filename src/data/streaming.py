@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class StreamLoader:
             held = [(images, labels)]
             high = low + self.share
             numbers = torch.arange(number + self.rank, number + self.share * self.world_size, self.world_size)
-            part = (images[low:high], labels[low:high], numbers, *self._draw(numbers))
+            part: tuple[Tensor, ...] = (images[low:high], labels[low:high], numbers, *self._draw(numbers))
             if self.device.type == "cuda":
                 part = tuple(v.pin_memory() for v in part)
             yield part
@@ -182,7 +183,7 @@ class StreamLoader:
         return mirrored[rows], parameters[rows]
 
 
-def _as_it_is(item: Window | Failed) -> Window | Failed:
+def _as_it_is(item: Any) -> Any:
     return item
 
 
