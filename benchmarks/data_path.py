@@ -1,7 +1,7 @@
 """How fast batches reach the device: images a second, 32x32 RGB, as shuffled, flipped and normalised floats.
 
   ours    src.data.loader.TrainLoader over one uint8 tensor
-  mapped  the same over a file that is mapped into memory, with its thread
+  mapped  the same over a file that is mapped into memory
   PIL     a torchvision-style data set (Image.fromarray, RandomHorizontalFlip, ToTensor, Normalize) behind a DataLoader
           with persistent workers and the default prefetch
   floor   index_select, flip and normalisation alone, with indices and flips chosen beforehand

@@ -1,5 +1,6 @@
 """Batches straight from one tensor of images: one index_select a batch, all else on the whole batch, on the device."""
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from src.data.prefetch import ahead
 from src.randomness import generator, mix
 
 AHEAD = 3  # batches that are fetched ahead
+SHARE_OF_CACHE = 0.5  # of the machine's memory, where a mapped file is taken to stay once it was read
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -51,7 +53,8 @@ class TrainLoader:
     interpolation up to rounding, which kernels choose by the size of a batch). Each image comes exactly once an epoch;
     a batch may hold the end of one and the beginning of the next, so no remainder is dropped, repeated, or smaller.
 
-    Images in a file, and those that a GPU has no room for, are fetched ahead by a thread, for a GPU into pinned memory.
+    Images that a GPU has no room for are fetched ahead by a thread, into pinned memory; on a CPU those of a mapped file
+    that is too large to stay in the system's cache, where a thread would otherwise take more than it gives.
 
     Args:
         data: the images, on the device that trains when they fit there.
@@ -93,6 +96,7 @@ class TrainLoader:
         self.start = start
         self.order: Order = Balanced(data.labels, mix(seed, 0xBA1A)) if balance else Shuffled(len(data))
         self.pinned = device.type == "cuda" and data.store.device.type == "cpu"
+        self.ahead = self.pinned or (data.mapped and data.nbytes > SHARE_OF_CACHE * _memory())
         images = data.store.view(torch.int16) if data.store.dtype == torch.uint16 else data.store
         self.channels_last = not images.is_contiguous() and images.permute(0, 2, 3, 1).is_contiguous()
         self.rows = images.permute(0, 2, 3, 1) if self.channels_last else images  # as they lie: a row is one stretch
@@ -101,7 +105,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self._parts()
-        for part in ahead(parts, AHEAD) if self.pinned or self.data.mapped else parts:
+        for part in ahead(parts, AHEAD) if self.ahead else parts:
             yield self._batch(*part)
 
     def _parts(self) -> Iterator[tuple[Tensor, ...]]:
@@ -168,6 +172,11 @@ class EvalLoader:
             part = self.data[index]
             x0, label = normalize(part.images.to(self.device)), part.labels.to(self.device)
             yield Batch(x0, label, index, x0.new_empty(len(x0), 0))
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_shared(batch_size: int, world_size: int) -> None:

@@ -77,6 +77,7 @@ def test_pixels_of_every_type_reach_their_range(layout, dtype, mapped, tmp_path)
         stored, expected = stored.permute(0, 3, 1, 2), expected.permute(0, 3, 1, 2)
     torch.testing.assert_close(normalize(stored), expected, atol=2e-7, rtol=0)
     loader = TrainLoader(ImageSet(stored, torch.arange(40), mapped=mapped), CPU, 8, True, 0)
+    loader.ahead = mapped
     for batch in islice(loader, 12):
         assert batch.x0.dtype == torch.float32
         assert batch.x0.is_contiguous()
@@ -86,12 +87,16 @@ def test_pixels_of_every_type_reach_their_range(layout, dtype, mapped, tmp_path)
         assert (either[0] > 1e-3).any()
 
 
-def test_the_mapped_stream_is_that_of_memory():
-    """Catches a thread that draws otherwise, and batches out of order."""
+def test_the_stream_that_is_fetched_ahead_is_that_of_memory(monkeypatch):
+    """Catches a thread that draws otherwise, batches out of order, and a thread for what stays in memory anyway."""
     data = unequal()
     plain = islice(TrainLoader(data, CPU, 8, True, 0), 30)
-    mapped = islice(TrainLoader(ImageSet(data.images, data.labels, mapped=True), CPU, 8, True, 0), 30)
-    for a, b in zip(plain, mapped, strict=True):
+    mapped = ImageSet(data.images, data.labels, mapped=True)
+    assert not TrainLoader(mapped, CPU, 8, True, 0).ahead
+    monkeypatch.setattr("src.data.loader._memory", lambda: 2 * mapped.nbytes - 1)
+    large = TrainLoader(mapped, CPU, 8, True, 0)
+    assert large.ahead
+    for a, b in zip(plain, islice(large, 30), strict=True):
         assert all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
 
 
