@@ -297,9 +297,8 @@ class _Packer:
             return
         name, reason = skipped[self.max_broken]
         if self.max_broken == 0:
-            raise UserError(
-                f"{name} {reason}; repair it or take it away, or leave such images out with data.max_broken=100"
-            )
+            mend = "" if ";" in reason else "repair it or take it away, "
+            raise UserError(f"{name} {reason}; {mend}or leave such images out with data.max_broken=100")
         raise UserError(
             f"{name} {reason}; with it {self.max_broken + 1} images cannot be used, more than data.max_broken="
             f"{self.max_broken}; the first is {skipped[0][0]}"
