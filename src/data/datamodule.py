@@ -50,6 +50,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         images_done: images of the training stream that were seen before.
+        stores: the packed images to train and to validate on, of a source that has such.
         restores: how often training went back to a checkpoint because it diverged; each time the order is another.
 
     Raises:
@@ -108,7 +109,7 @@ class ImageDataModule(LightningDataModule):
         self.images_done = 0
         self.restores = 0
         self._loaded = False
-        self._stores: tuple[Store | None, ...] = ()
+        self.stores: tuple[Store | None, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images, once."""
@@ -133,8 +134,8 @@ class ImageDataModule(LightningDataModule):
         if hasattr(self.source, "load"):
             sets = self.source.load(self.dir)
         else:
-            self._stores = self._opened()
-            sets = [None if store is None else store.image_set(self.val_list is not None) for store in self._stores]
+            self.stores = self._opened()
+            sets = [None if store is None else store.image_set() for store in self.stores]
         if self.labels not in (None, "none") and not hasattr(self.source, "catalogues"):
             raise UserError(
                 f"data.labels={self.labels} is for images in files; these come with labels of their own: set null for "
@@ -230,7 +231,7 @@ class ImageDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lets a mapped file's pages go that were read some time ago."""
-        for store in self._stores:
+        for store in self.stores:
             if store is not None:
                 store.touched(len(batch.index))
         return batch

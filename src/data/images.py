@@ -3,9 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Chosen(Sequence[str]):
+    """Those of many names that have the given numbers, which are looked up one by one."""
+
+    def __init__(self, names: Sequence[str], numbers: Tensor) -> None:
+        self._names, self._numbers = names, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: Any) -> Any:
+        found = self._numbers[i]
+        return [self._names[n] for n in found.tolist()] if found.ndim else self._names[int(found)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +76,7 @@ class ImageSet:
     def part(self, index: Tensor | slice) -> "ImageSet":
         """These images as a choice of rows; nothing is copied."""
         numbers = self._numbers(index)
-        names = None if self.names is None else [self.names[i] for i in numbers.tolist()]
+        names = None if self.names is None else Chosen(self.names, numbers)
         rows = numbers if self.rows is None else self.rows[numbers]
         return replace(self, labels=self.labels[index], names=names, rows=rows)
 
