@@ -157,12 +157,13 @@ def _on_values(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
             **numbers,
         )
     if found.constant:
-        share, names = len(found.constant) / found.looked_at, _examples(data.train, found.constant)
+        number, share = len(found.constant), len(found.constant) / found.looked_at
+        names = _listed([data.train.name(i) for i in found.constant])
         yield _said(
             "constant_images",
-            f"Nearly constant: {_images(len(found.constant))} ({share:.2%}) {_have(len(found.constant))} one colour all "
-            f"over (a standard deviation below {CONSTANT}), such as {names}; take them away, unless they are meant.",
-            number=len(found.constant),
+            f"Nearly constant: {_images(number)} ({share:.2%}) {_have(number)} one colour all over (a standard deviation "
+            f"below {CONSTANT}), such as {names}; take them away, unless they are meant.",
+            number=number,
             share=share,
             limit=CONSTANT,
         )
@@ -178,7 +179,7 @@ def _on_classes(found: Look) -> Iterator[dict[str, Any]]:
         listed = ", ".join(f"{name} {n}" for n, name in few[:EXAMPLES]) + (", ..." if len(few) > EXAMPLES else "")
         yield _said(
             "small_classes",
-            f"Few images: {len(few)} of {len(found.counts)} classes {_have(len(few))} less than {limit:.0f} images "
+            f"Few images: {len(few)} of {len(found.counts)} classes {_have(len(few))} fewer than {limit:.0f} images "
             f"({listed}; the median class {median:,}); add some, leave the class out with data.classes, or draw all "
             "classes equally often with data.balance=true.",
             classes={name: n for n, name in few},
@@ -192,13 +193,12 @@ def _on_shapes(found: Look) -> Iterator[dict[str, Any]]:
         return
     count, cut = found.manifest.count, found.manifest.cropped["by_more_than_a_fifth"]
     if cut:
-        sizes = list(found.manifest.sizes)
         yield _said(
             "cropped",
             f"Cropped: {_images(cut)} of {count:,} {'lose' if cut > 1 else 'loses'} more than {CROPPED:.0%} to "
-            f"cropping, on average all lose {found.manifest.cropped['mean']:.0%}; they come as {_listed(sizes)}. Choose "
-            "an image_size of their proportions, such as [48,64], or crop=random, which shows all parts of different "
-            "images.",
+            f"cropping, on average all lose {found.manifest.cropped['mean']:.0%}; they come as "
+            f"{_listed(list(found.manifest.sizes))}. Choose an image_size of their proportions"
+            f"{_fitting(found.manifest)}, or crop=random, which shows other parts of other images.",
             number=cut,
             mean=found.manifest.cropped["mean"],
             limit=CROPPED,
@@ -218,6 +218,18 @@ def _on_shapes(found: Look) -> Iterator[dict[str, Any]]:
             f"Left out: {_images(len(found.manifest.skipped))} could not be used, the first, {name}, {reason}.",
             number=len(found.manifest.skipped),
         )
+
+
+def _fitting(manifest: Manifest) -> str:
+    """A size about as large as the one there is, of the proportions of the commonest images that lose much."""
+    _, height, width = manifest.shape
+    for size in manifest.sizes:
+        h, w = map(int, size.split("x"))
+        if 1 - min(w * height / (h * width), h * width / (w * height)) > CROPPED:
+            short = min(height, width)
+            scale = short / min(h, w)
+            return f", such as [{round(h * scale)},{round(w * scale)}]"
+    return ""
 
 
 def _on_copies(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
@@ -289,10 +301,6 @@ def _images(number: int) -> str:
 
 def _have(number: int) -> str:
     return "have" if number != 1 else "has"
-
-
-def _examples(data: ImageSet, numbers: list[int]) -> str:
-    return _listed([data.name(i) for i in numbers])
 
 
 def _listed(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from src.pictures import to_uint8
 
 WIDTH, MARGIN = 12.0, 0.45  # of the picture, in inches
 COLUMNS = 10  # of images
-PANEL, GAP = 2.3, 0.75
+PANEL, GAP = 2.3, 1.1
 CAPTION = 0.24
 BARS = 12  # classes, and sizes, at most
 COLOURS = (RED, GREEN, BLUE, ORANGE)
