@@ -210,7 +210,7 @@ def _upright(image: "Image.Image") -> "Image.Image":  # type: ignore[name-define
     from PIL import ImageOps
 
     with contextlib.suppress(Exception):  # unreadable metadata says nothing of the orientation
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
