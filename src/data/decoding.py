@@ -7,6 +7,7 @@ the images': 0 to 255, 0 to 65535, and for floats the range that the user states
 
 import contextlib
 import io
+import logging
 import re
 import warnings
 import zlib
@@ -19,6 +20,8 @@ from src.data.catalogue import BrokenImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".npy")
 MAX_PIXELS = 2**27  # 11,585 x 11,585; a file of a few kilobytes can claim any number, and would fill the memory
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it reports is in the sentence of the error
 
 FloatRange = tuple[float, float]
 Array = NDArray[np.generic]
@@ -186,6 +189,11 @@ def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defi
         if max(bits) > 8 and len(image.getbands()) > 1:  # Pillow would keep the upper bytes
             raise BrokenImageError(
                 name, f"is a TIFF of {max(bits)} bits in colour, which is not read; save it as 16-bit PNG or .npy"
+            )
+        covered = sum((right - left) * (low - top) for _, (left, top, right, low), *_ in image.tile)
+        if covered < image.size[0] * image.size[1]:  # Pillow would leave the rest black
+            raise BrokenImageError(
+                name, f"is damaged ({covered:,} of {image.size[0] * image.size[1]:,} pixels are there)"
             )
     image.load()
     kind = image.format
