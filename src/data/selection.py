@@ -16,7 +16,7 @@ from src.data.images import ImageSet
 from src.errors import UserError
 from src.randomness import generator, mix
 
-COPIED = 2**28  # bytes of pixels, up to which a choice is copied, so that what is left out frees its memory
+COPIED = 2**28  # bytes of a set, up to which a choice of it is copied, so that what is left out frees its memory
 
 
 def unlabelled(data: ImageSet) -> ImageSet:
@@ -96,9 +96,8 @@ def limited(data: ImageSet, limit: int) -> ImageSet:
 
 
 def choose(data: ImageSet, index: Tensor) -> ImageSet:
-    """These images, in this order; copied where they are few."""
-    each = data.store[:1].nbytes
-    return data[index] if len(index) * each <= COPIED else data.part(index)
+    """These images, in this order; copied where the set is small."""
+    return data[index] if data.store.nbytes <= COPIED else data.part(index)
 
 
 def _class_number(value: str | int, known: Sequence[str]) -> int:
