@@ -16,14 +16,17 @@ from torch import Tensor
 from src.data.warp import rotation, scaling, translation, warp
 
 BLACK = -1.0
+NOTHING = {"_target_": "src.data.augmentation.Nothing"}  # of runs that were started before there were others
 
 
 class Augmentation(Protocol):
     """Attributes:
     label_dim: numbers that tell what was done to an image; 0 where nothing is told.
+    mirrors: images may be mirrored left to right without the network being told, and then samples may be, too.
     """
 
     label_dim: int
+    mirrors: bool
 
     def draw(self, n: int, g: torch.Generator) -> Tensor:
         """Parameters of n images, (n, k) float32 on the CPU."""
@@ -52,6 +55,7 @@ class Nothing:
     """Leaves images as they are."""
 
     label_dim = 0
+    mirrors = False
 
     def draw(self, n: int, g: torch.Generator) -> Tensor:
         return torch.empty(n, 0)
@@ -65,6 +69,7 @@ class Flip:
     """Mirrors left to right with probability 1/2, as data.flip=true does."""
 
     label_dim = 0
+    mirrors = True
 
     def draw(self, n: int, g: torch.Generator) -> Tensor:
         return torch.rand(n, 1, generator=g)
@@ -81,6 +86,7 @@ class Dihedral:
     """
 
     label_dim = 0
+    mirrors = True
 
     def draw(self, n: int, g: torch.Generator) -> Tensor:
         return torch.rand(n, 1, generator=g)
@@ -106,6 +112,7 @@ class Crop:
 
     padding: int = 4
     label_dim = 0
+    mirrors = False
 
     def __post_init__(self) -> None:
         if self.padding < 1:
@@ -153,6 +160,7 @@ class Edm:
     log2_anisotropy: float = 0.2
     translation: float = 0.125
     label_dim = 9
+    mirrors = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:

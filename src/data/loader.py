@@ -49,9 +49,9 @@ class TrainLoader:
     The stream is one permutation of all images after another, each with flips and augmentations of its own, a pure
     function of the seed: image number k is the same whatever the batch size and the number of processes (augmented by
     interpolation up to rounding, which kernels choose by the size of a batch). Each image comes exactly once an epoch;
-    a batch may hold the end of one and the beginning of the next, so that no remainder is dropped, repeated or smaller.
+    a batch may hold the end of one and the beginning of the next, so no remainder is dropped, repeated, or smaller.
 
-    Images that lie elsewhere than the device, or in a file, are fetched ahead by a thread, for a GPU into pinned memory.
+    Images in a file, and those that a GPU has no room for, are fetched ahead by a thread, for a GPU into pinned memory.
 
     Args:
         data: the images, on the device that trains when they fit there.

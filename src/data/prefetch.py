@@ -22,7 +22,8 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     def put(item: Any, error: BaseException | None = None, last: bool = False) -> None:
         while not over.is_set():
             try:
-                return queue.put((item, error, last), timeout=PATIENCE)
+                queue.put((item, error, last), timeout=PATIENCE)
+                return
             except Full:
                 pass
 
@@ -33,7 +34,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 if over.is_set():
                     return
             put(None, last=True)
-        except BaseException as error:  # noqa: BLE001 - raised where the items are used
+        except BaseException as error:  # raised where the items are used
             put(None, error)
 
     thread = Thread(target=fetch, name="fetches ahead", daemon=True)

@@ -1,7 +1,8 @@
 """State dicts of EDM's networks (Karras et al. 2022): DDPM++ ("SongUNet") and ADM ("DhariwalUNet").
 
 The keys and shapes say what the network is, the size of its images and its augmentation labels included. As EDM's own
-files are pickles with code in them, a state dict has to be saved where that code is trusted: torch.save(net.model.state_dict(), ...), or safetensors.
+files are pickles with code in them, a state dict has to be saved where that code is trusted:
+torch.save(net.model.state_dict(), ...), or safetensors.
 """
 
 import math

@@ -53,8 +53,8 @@ class UNet(nn.Module):
         skip_scale: what sums of a block and its shortcut are multiplied by; sqrt(1/2) in DDPM++.
         wide_stem: the first convolution has the first level's width and not base_channels (ADM).
         cosine_first, endpoint, time_scale: see `SinusoidalEmbedding`; what is not Ho et al.'s is ADM's.
-        augment_dim: numbers that tell what augmentation did to an image, a layer of which, without a bias, is added to the
-            sinusoids (Appendix F.2, Karras et al. 2022); without them, as with zeros, the image is as it was. 0 for
+        augment_dim: numbers that tell what augmentation did to an image; a layer of them, without a bias, is added to
+            the sinusoids (Appendix F.2, Karras et al. 2022); without them, as with zeros, the image is as it was. 0 for
             none, 9 of augment=edm.
         gradient_checkpointing: keep no activations inside the blocks and compute them again on the way back: less
             memory for a third more time, and the same gradients.

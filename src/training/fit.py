@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from src.build import build, locate
+from src.data.augmentation import NOTHING
 from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
@@ -46,8 +47,6 @@ from src.training.tasks import DEFAULT, Task
 from src.training.trainer import TrainerSettings, refuse_ddp_sweep
 from src.training.units import in_steps
 from src.training.writer import CheckpointWriter
-
-NOTHING = {"_target_": "src.data.augmentation.Nothing"}
 
 
 def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> float:
