@@ -7,19 +7,25 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 
-from src.build import check_seed
+from src.build import check_seed, refusals
+from src.data.augmentation import Augmentation, Nothing
+from src.data.geometry import Crop, Geometry, Resize
 from src.data.images import ImageSet
-from src.data.loader import EvalLoader, TrainLoader
-from src.data.reading import read_all
+from src.data.loader import Batch, EvalLoader, TrainLoader
+from src.data.packed import Packed, Store
+from src.data.packing import packed_once
 from src.data.selection import class_names, held_out, limited, listed, of_classes, unlabelled
 from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
+from src.launch import rank
 from src.randomness import another
 from src.shapes import as_pair
 
+SHARE_OF_MEMORY = 0.25  # of what is free, for images; the rest is for the network and what it keeps
+
 
 class ImageDataModule(LightningDataModule):
-    """Images in memory as uint8, on the training device when they fit; see `TrainLoader` for order and flips.
+    """Images of one size, on the training device when they fit; see `TrainLoader` for order and flips.
 
     Args:
         source: where the images come from.
@@ -37,9 +43,14 @@ class ImageDataModule(LightningDataModule):
         limit: at most so many training images, chosen by a fixed seed.
         val_list: a text file with the names of the images to validate on, one a line, in place of `val_images`.
         val_seed: of the choice of `val_images`.
+        balance: train on each class equally often; see `Balanced`.
+        augment: what else is done to training images; see src/data/augmentation.py.
+        crop, resize: how images in files come to image_size; see `Geometry`.
+        max_broken: so many images in files may be left out because they cannot be read.
 
     Attributes:
         images_done: images of the training stream that were seen before.
+        stores: the packed images to train and to validate on, of a source that has such.
         restores: how often training went back to a checkpoint because it diverged; each time the order is another.
 
     Raises:
@@ -48,7 +59,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source | CatalogueSource,
+        source: Source | CatalogueSource | Packed,
         dir: str,
         channels: int,
         image_size: int | tuple[int, int],
@@ -63,6 +74,11 @@ class ImageDataModule(LightningDataModule):
         limit: int | None = None,
         val_list: str | None = None,
         val_seed: int = 0,
+        balance: bool = False,
+        augment: Augmentation | None = None,
+        crop: Crop = "center",
+        resize: Resize = "lanczos",
+        max_broken: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("pad", pad, 0)):
@@ -85,9 +101,15 @@ class ImageDataModule(LightningDataModule):
         self.limit = limit
         self.val_list = None if val_list is None else Path(val_list)
         self.val_seed = val_seed
+        self.balance = balance
+        self.augment: Augmentation = Nothing() if augment is None else augment
+        self.crop: Crop = crop
+        self.resize: Resize = resize
+        self.max_broken = max_broken
         self.images_done = 0
         self.restores = 0
         self._loaded = False
+        self.stores: tuple[Store | None, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images, once."""
@@ -109,16 +131,29 @@ class ImageDataModule(LightningDataModule):
 
     def _load(self) -> tuple[ImageSet, ImageSet | None]:
         """The images to train on, and those to validate on where the source has some."""
-        if hasattr(self.source, "catalogues"):
-            train, val = self.source.catalogues(self.dir, self.labels)
-            return read_all(train), None if val is None else read_all(val)
-        sets = self.source.load(self.dir)
-        if self.labels not in (None, "none"):
+        if hasattr(self.source, "load"):
+            sets = self.source.load(self.dir)
+        else:
+            self.stores = self._opened()
+            sets = [None if store is None else store.image_set() for store in self.stores]
+        if self.labels not in (None, "none") and not hasattr(self.source, "catalogues"):
             raise UserError(
                 f"data.labels={self.labels} is for images in files; these come with labels of their own: set null for "
                 f"those, or none"
             )
-        first, second = (data if data is None or self.labels is None else unlabelled(data) for data in sets)
+        first, second = (data if data is None or self.labels != "none" else unlabelled(data) for data in sets)
+        assert first is not None
+        return first, second
+
+    def _opened(self) -> tuple[Store, Store | None]:
+        """The packed images of a source that has more of them than fit into memory, or does not know how many."""
+        if isinstance(self.source, Packed):
+            return self.source.open(self.dir)
+        channels, height, width = self.image_shape
+        with refusals("data"):
+            geometry = Geometry((height - 2 * self.pad, width - 2 * self.pad), self.crop, self.resize)
+        found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
+        first, second = (None if c is None else packed_once(c, geometry, channels, self.max_broken) for c in found)
         assert first is not None
         return first, second
 
@@ -139,6 +174,8 @@ class ImageDataModule(LightningDataModule):
         return train if self.limit is None else limited(train, self.limit), val
 
     def _finish(self, data: ImageSet) -> ImageSet:
+        if self.pad and isinstance(self.source, Packed):
+            raise UserError(f"data.pad={self.pad} would copy a packed store into memory; pack images of that size")
         if self.pad:
             data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
         shape = tuple(data.store.shape[1:])
@@ -157,11 +194,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
-        data = self.train
-        if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
-            data = ImageSet(data.images.to(device), data.labels.to(device))
         return TrainLoader(
-            data,
+            self._placed(device),
             device,
             self.batch_size,
             self.flip,
@@ -169,7 +203,21 @@ class ImageDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             start=self.images_done,
+            augment=self.augment,
+            balance=self.balance,
         )
+
+    def _placed(self, device: torch.device) -> ImageSet:
+        """The training images on the device, when they take at most a quarter of the memory that is free there."""
+        data = self.train
+        if device.type != "cuda":
+            return data
+        size, free = data.nbytes, torch.cuda.mem_get_info(device)[0]
+        fits = size < SHARE_OF_MEMORY * free
+        if rank() == 0:
+            place = "on the GPU" if fits else "fetched ahead into pinned memory, a batch at a time"
+            print(f"{len(data):,} training images, {size / 1e9:.2f} GB of {free / 1e9:.2f} free: {place}", flush=True)
+        return data.to(device) if fits else data
 
     def val_dataloader(self) -> EvalLoader:
         assert self.trainer is not None
@@ -180,6 +228,13 @@ class ImageDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lets a mapped file's pages go that were read some time ago."""
+        for store in self.stores:
+            if store is not None:
+                store.touched(len(batch.index))
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """The loader's position: images that training has seen."""

@@ -182,6 +182,7 @@ def look(config: dict[str, Any], out: Path) -> None:
     Raises:
         UserError: for whatever the user can mend, before anything is written.
     """
+    from src.evaluation import preview_data, preview_data_picture
     from src.evaluation.preview_picture import draw
 
     if not 1 <= config["num_images"] <= 32:
@@ -206,6 +207,8 @@ def look(config: dict[str, Any], out: Path) -> None:
     training = spend(diffusion, curves)
     finite = finite_loss(diffusion, images[:ORACLE_IMAGES], curves, generator(mix(config["seed"], 2), 0))
     sentences = words(diffusion, spectrum, curves, training)
+    found = preview_data.look_at(data)
+    on_images = preview_data.words_on(found, data)
 
     title = " · ".join(type(part).__name__ for part in (*parts, data.source)) + f" {_size(data.image_shape)}"
     noise = torch.randn(config["num_images"], *data.image_shape, generator=generator(mix(config["seed"], 3), 0))
@@ -220,17 +223,22 @@ def look(config: dict[str, Any], out: Path) -> None:
             "variance": spectrum.variance,
         },
         "sentences": sentences,
+        "data": {**preview_data.described(found), "sentences": on_images},
         "network": None if price is None else {**price._asdict(), "batch_size": batch},
         **_described(curves, finite, training),
     }
     draw(title, sentences, strip, curves, finite, training, out / "preview.png")
+    title = f"{config['choices'].get('data', 'data')} {_size(data.image_shape)}"
+    preview_data_picture.draw(
+        title, on_images, found, data, preview_data.chosen(data, config["seed"]), out / "data.png"
+    )
     with replacing(out / "preview.json") as temporary:
         temporary.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
-    for sentence in sentences:
+    for sentence in (*sentences, *on_images):
         print(sentence["sentence"])
     if network is not None and price is not None:
         print(_priced(str(network["_target_"]).rpartition(".")[2], price, batch))
-    for name in ("preview.png", "preview.json"):
+    for name in ("preview.png", "data.png", "preview.json"):
         print(f"  {out / name}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.build import build, refusals
+from src.data.augmentation import NOTHING
 from src.data.sources import ImageSet
 from src.diffusion.schedules import DiscreteSchedule
 from src.errors import UserError
@@ -123,7 +124,9 @@ class Evaluation:
     def _memorisation(self, scorer: Any, images: Tensor) -> dict[str, Score]:
         held_out, trained = self.val.images[: scorer.limit], self.train.images
         # a training image that was mirrored is one, too
-        compared = scorer.compare(images, held_out, trained, mirrored=bool(self.run.config["data"].get("flip")))
+        augment = build(self.run.config.get("augment", NOTHING), "augment")
+        mirrored = bool(self.run.config["data"].get("flip")) or augment.mirrors
+        compared = scorer.compare(images, held_out, trained, mirrored=mirrored)
         save_pairs(compared, images, trained, self.out / "memorisation.png")
         save_strip(compared, images, trained, self.out / "neighbours.png")
         scores = scorer.scores(compared, "pixels")

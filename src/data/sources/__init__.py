@@ -1,8 +1,9 @@
 """Where images come from.
 
-A source has one of two methods. `load(dir)` returns the training images, decoded, and where the set comes with a test
+A source has one of three methods. `load(dir)` returns the training images, decoded, and where the set comes with a test
 split, the images to validate on; it is for sets whose images are of one size and fit into memory.
-`catalogues(dir, labels)` returns the same not decoded yet, for all others: the datamodule decodes them once.
+`catalogues(dir, labels)` returns the same not decoded yet, for all others: the datamodule packs them once, and maps
+what it packed. `open(dir)` maps what was packed before: that is `src.data.packed.Packed`.
 New source: one class with either, one YAML in conf/data.
 """
 
