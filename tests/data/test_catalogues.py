@@ -80,7 +80,6 @@ def test_hidden_files_are_not_seen(place):
 
 
 def test_a_catalogue_is_read_by_other_processes(place):
-    """Those that were started anew and those that were forked with an open archive. Catches a position they share."""
     source, dir = place(images(*(f"{i:02}.png" for i in range(40))))
     train, _ = source.catalogues(dir)
     again = pickle.loads(pickle.dumps(train))
@@ -90,6 +89,15 @@ def test_a_catalogue_is_read_by_other_processes(place):
     with get_context("fork").Pool(3) as pool:
         parts = pool.map(train.read, list(range(40)) * 3, chunksize=1)
     assert all((part == pixels(seed=i % 40)).all() for i, part in enumerate(parts))
+
+
+def test_a_process_that_was_forked_opens_the_archive_itself(tmp_path, monkeypatch):
+    """Catches one position in the file that several processes move."""
+    archive = Zip().catalogues(pack(tmp_path / "set.zip", images("1.png")))[0].archive
+    first = archive.open()
+    assert archive.open() is first
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert archive.open() is not first
 
 
 def test_the_fingerprint_tells_one_state_from_another(place):
