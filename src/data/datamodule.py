@@ -113,10 +113,17 @@ class ImageDataModule(LightningDataModule):
         self.stores: tuple[Store | None, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the images, once."""
+        """Reads the images, once.
+
+        Args:
+            stage: "preview" for images that are only looked at: they may leave the range that networks are trained in.
+        """
         if self._loaded:
             return
         train, val = self._split(*self._load())
+        for store in self.stores:
+            if store is not None and stage != "preview":
+                store.check_range()
         self.train, self.val = self._finish(train), self._finish(val)
         if self.batch_size > len(self.train):
             raise UserError(
@@ -150,9 +157,9 @@ class ImageDataModule(LightningDataModule):
         """The packed images of a source that has more of them than fit into memory, or does not know how many."""
         if isinstance(self.source, Packed):
             return self.source.open(self.dir)
-        channels, height, width = self.image_shape
+        channels, *size = self.image_shape
         with refusals("data"):
-            geometry = Geometry((height - 2 * self.pad, width - 2 * self.pad), self.crop, self.resize)
+            geometry = Geometry((size[0], size[1]), self.crop, self.resize)
         found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
         self._check_classes(found[0])  # before hours of decoding
         first, second = (None if c is None else packed_once(c, geometry, channels, self.max_broken) for c in found)
@@ -176,8 +183,10 @@ class ImageDataModule(LightningDataModule):
         return train if self.limit is None else limited(train, self.limit), val
 
     def _finish(self, data: ImageSet) -> ImageSet:
-        if self.pad and isinstance(self.source, Packed):
-            raise UserError(f"data.pad={self.pad} would copy a packed store into memory; pack images of that size")
+        if self.pad and self.stores:
+            raise UserError(
+                f"data.pad={self.pad} would copy a packed store into memory; choose another data.image_size"
+            )
         if self.pad:
             data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
         shape = tuple(data.store.shape[1:])

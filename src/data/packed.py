@@ -140,7 +140,7 @@ class Store:
         verify: compare images.bin with its SHA-256, which reads all of it.
 
     Raises:
-        UserError: when it is not whole, or its values leave the range that networks are trained in.
+        UserError: when it is not whole.
     """
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
@@ -176,6 +176,19 @@ class Store:
         return ImageSet(
             self.images, self.labels, Names(self.folder, self.manifest.count), tuple(self.manifest.classes), mapped=True
         )
+
+    def check_range(self) -> None:
+        """Compares floats with the range that networks are trained in; whole numbers cannot leave it.
+
+        Raises:
+            UserError: when they leave [-1, 1].
+        """
+        low, high = self.manifest.lowest, self.manifest.highest
+        if self.manifest.dtype == "float32" and not -1 <= low <= high <= 1:
+            raise UserError(
+                f"{shown(self.folder)} holds values from {low:g} to {high:g}, and networks are trained on [-1, 1]; "
+                "pack the images anew, and state with data.source.float_range what they span"
+            )
 
     def touched(self, images: int) -> None:
         """Says that so many images were read. Every half GiB or so the pages that this process holds are let go of,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from src.build import build, refusals
+from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
 from src.diffusion.continuous import VarianceExploding
 from src.diffusion.gaussian import GaussianDiffusion
@@ -195,7 +196,11 @@ def look(config: dict[str, Any], out: Path) -> None:
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
     data = build(config["data"], "data")
-    data.setup()
+    if not isinstance(data, ImageDataModule):
+        raise UserError(
+            "images that are read while training goes on are not looked at before; preview some in a folder"
+        )
+    data.setup("preview")
     if config["num_images"] > len(data.train):
         raise UserError(f"num_images={config['num_images']} is more than the {len(data.train)} training images")
     chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:COVARIANCE_IMAGES]

@@ -161,8 +161,8 @@ def _on_values(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
         names = _listed([data.train.name(i) for i in found.constant])
         yield _said(
             "constant_images",
-            f"Nearly constant: {_images(number)} ({share:.2%}) {_have(number)} one colour all over (a standard deviation "
-            f"below {CONSTANT}), such as {names}; take them away, unless they are meant.",
+            f"Nearly constant: {_images(number)} ({share:.2%}) {_have(number)} one colour all over (a standard "
+            f"deviation below {CONSTANT}), such as {names}; take them away, unless they are meant.",
             number=number,
             share=share,
             limit=CONSTANT,

@@ -12,9 +12,12 @@ from PIL import Image
 from benchmarks.mapped import sparse
 from src.data import packed
 from src.data.datamodule import ImageDataModule
+from src.data.geometry import Geometry
 from src.data.loader import TrainLoader
 from src.data.packed import Packed, Store
+from src.data.packing import pack
 from src.data.sources import Folder
+from tests.data.made import Made, noise
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +245,15 @@ def test_a_pad_that_would_copy_a_store_is_refused(tmp_path):
         data.setup()
 
 
+def test_floats_outside_the_range_are_not_trained_on(tmp_path):
+    """Of a store that something else packed; `src.preview` may look at it."""
+    pack(Made([2 * image for image in noise(8, (6, 6, 1), "float32")]), Geometry((6, 6)), tmp_path / "out")
+    data = ImageDataModule(Packed(), str(tmp_path / "out"), 1, 6, 1, 2, False, 2)
+    with pytest.raises(ValueError, match=r"holds values from -1.9\d* to 1.9\d*, and networks are trained on \[-1, 1\]"):
+        data.setup()
+    data.setup("preview")
+
+
 def memory(name):
     """Of this process, in bytes: RssAnon is its own, RssFile what it holds of files."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
@@ -250,12 +262,12 @@ def memory(name):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux shows it")
 def test_a_store_larger_than_memory_is_not_copied(tmp_path, monkeypatch):
-    """A sparse file of 8 GB: held out, limited to classes, drawn from. Catches a split that copies, a store that is
+    """A sparse file of 4 GB: held out, limited to classes, drawn from. Catches a split that copies, a store that is
     padded or made contiguous, and pages that are kept for ever."""
     monkeypatch.setattr(packed, "KEPT", 2**25)
-    sparse(tmp_path / "store", 8e9)
+    sparse(tmp_path / "store", 4e9)
     own = memory("RssAnon")
-    data = ImageDataModule(Packed(), str(tmp_path / "store"), 3, 64, 1, 128, True, 64, classes=[0], limit=500_000)
+    data = ImageDataModule(Packed(), str(tmp_path / "store"), 3, 64, 1, 128, True, 64, classes=[0], limit=200_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.setup()
@@ -265,7 +277,7 @@ def test_a_store_larger_than_memory_is_not_copied(tmp_path, monkeypatch):
             assert float(batch.x0.max()) == -1
             data.on_after_batch_transfer(batch, 0)
             grown.append(memory("RssFile") - files)
-            if i == 60:
+            if i == 40:
                 break
     assert memory("RssAnon") - own < 3e8
     assert max(grown) < 2.5e8
