@@ -9,12 +9,13 @@ from lightning import LightningDataModule
 
 from src.build import check_seed, refusals
 from src.data.augmentation import Augmentation, Nothing
+from src.data.catalogue import Catalogue
 from src.data.geometry import Crop, Geometry, Resize
 from src.data.images import ImageSet
 from src.data.loader import Batch, EvalLoader, TrainLoader
 from src.data.packed import Packed, Store
 from src.data.packing import packed_once
-from src.data.selection import class_names, held_out, limited, listed, of_classes, unlabelled
+from src.data.selection import class_names, class_numbers, held_out, limited, listed, of_classes, unlabelled
 from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
 from src.launch import rank
@@ -160,6 +161,7 @@ class ImageDataModule(LightningDataModule):
         with refusals("data"):
             geometry = Geometry((size[0], size[1]), self.crop, self.resize)
         found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
+        self._check_classes(found[0])  # before hours of decoding
         first, second = (None if c is None else packed_once(c, geometry, channels, self.max_broken) for c in found)
         assert first is not None
         return first, second
@@ -193,12 +195,22 @@ class ImageDataModule(LightningDataModule):
                 f"the images are {_shape(shape)}, not {_shape(self.image_shape)} as data.channels "
                 f"and data.image_size say; set those to what the images are"
             )
-        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
-            raise UserError(
-                f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
-                f"{self.num_classes} does not allow; set data.num_classes={int(data.labels.max()) + 1}"
-            )
+        self._check_labels(int(data.labels.min()), int(data.labels.max()))
         return data
+
+    def _check_classes(self, found: Catalogue) -> None:
+        if self.classes is None:
+            self._check_labels(int(found.labels.min()), int(found.labels.max()))
+        else:
+            class_numbers(self.classes, found.classes)
+            self._check_labels(0, len(self.classes) - 1)
+
+    def _check_labels(self, low: int, high: int) -> None:
+        if not 0 <= low <= high < self.num_classes:
+            raise UserError(
+                f"the labels run from {low} to {high}, which data.num_classes={self.num_classes} does not allow; "
+                f"set data.num_classes={high + 1}"
+            )
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None

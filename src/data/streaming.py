@@ -1,6 +1,12 @@
 """Batches of an endless stream that is read as it goes: the loader of `src.data.lanes`."""
 
+import atexit
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
+from multiprocessing.synchronize import Event
 
 import torch
 from torch import Tensor
@@ -134,13 +140,15 @@ class StreamLoader:
         if not self.workers:
             return iter(windows)
         each = max(1, len(self.lanes) // self.workers)  # windows ahead: about a round
+        over = multiprocessing.Event()
+        atexit.register(over.set)  # before multiprocessing's own, which ends the workers that are left and waits
         loader = DataLoader(
             windows,
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_it_is,
             prefetch_factor=each,
-            worker_init_fn=_left_alone,
+            worker_init_fn=partial(_left_alone, over),
             generator=torch.Generator(),  # of seeds that nobody uses; else torch's own would be drawn from
         )
         return iter(loader)
@@ -172,9 +180,9 @@ def _as_it_is(item: Window | Failed) -> Window | Failed:
     return item
 
 
-def _left_alone(worker: int) -> None:
-    """Signals that end or stop training are for the process that trains, which ends its workers itself."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def _left_alone(over: Event, worker: int) -> None:
+    """Signals that stop training, which schedulers send to all processes, are for the one that trains, which goes on
+    until it has saved; a worker ends when that one says so, or is gone, and by SIGTERM when it is `over`."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.is_set() else None)

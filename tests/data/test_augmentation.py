@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from src.data.augmentation import Crop, Dihedral, Edm, Flip, Nothing
+from src.data.images import ImageSet
 from src.data.loader import EvalLoader, TrainLoader, normalize
-from src.data.sources import ImageSet
 from src.data.warp import rotation, scaling, translation, warp
 
 CPU = torch.device("cpu")
@@ -73,7 +73,8 @@ def test_shrinking_does_not_alias():
     stripes[..., ::2] = -1
     half = torch.full((1,), 1.9)
     assert warp(stripes, scaling(half, half))[..., 11:-11].abs().max() < 0.1  # between the two mirrors
-    read = F.grid_sample(stripes, F.affine_grid(scaling(half, half)[:, :2], [1, 1, N, N], align_corners=False))
+    grid = F.affine_grid(scaling(half, half)[:, :2], [1, 1, N, N], align_corners=False)
+    read = F.grid_sample(stripes, grid, align_corners=False)
     assert read[..., 11:-11].abs().max() > 0.5
 
 

@@ -5,10 +5,10 @@ from itertools import islice
 import pytest
 import torch
 
+from src.data.images import ImageSet
 from src.data.loader import TrainLoader, normalize
 from src.data.order import Balanced
 from src.data.prefetch import ahead
-from src.data.sources import ImageSet
 
 CPU = torch.device("cpu")
 SIZES = {0: 50, 3: 7, 4: 1, 9: 12}  # images of each class; four classes, 70 images

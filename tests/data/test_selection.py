@@ -201,6 +201,11 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         module(**settings)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def pets(tmp_path):
     for i, name in enumerate(["cat/1.png", "cat/2.png", "dog/3.png", "owl/4.png", "owl/5.png", "dog/6.png"]):
@@ -219,6 +224,20 @@ def test_a_folder_trains_by_name(pets, tmp_path):
     assert data.class_names == ("owl", "cat")
     np.testing.assert_array_equal(data.train.images[1, 0].numpy(), pixels(8, 8, 1, seed=4)[..., 0])
     assert list(data.val.names) == ["cat/2.png", "owl/4.png"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_classes": 2}, r"data\.num_classes=2 does not allow; set data\.num_classes=3"),
+        ({"classes": ("owl", "cat"), "num_classes": 1}, r"data\.num_classes=1 does not allow; set data\.num_classes=2"),
+        ({"classes": ("cow",)}, r"data\.classes names cow, which is no class"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused_before_images_are_decoded(pets, monkeypatch, settings, words):
+    monkeypatch.setattr("src.data.datamodule.packed_once", None)
+    with pytest.raises(UserError, match=words):
+        module(Folder(), pets, labels="folder", **settings)
 
 
 def test_a_test_split_without_the_chosen_classes_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from socketserver import TCPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -383,7 +384,7 @@ def test_validation_images_are_those_of_their_own_shards_resized(shards):
 
 def test_shards_come_over_http(shards):
     """The same stream as from the disk; a server that is gone is one sentence."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
+    server = _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -401,6 +402,13 @@ def test_shards_come_over_http(shards):
         server.server_close()
     with pytest.raises(UserError, match=r"the shard .* cannot be read"):
         next(iter(loader(module(shards, **{**settings, "val_shards": "val-000.tar"}))))
+
+
+class _Server(ThreadingHTTPServer):
+    def server_bind(self) -> None:
+        """Without asking for the machine's name, which takes long where no name server answers."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
 
 class _Quiet(SimpleHTTPRequestHandler):
