@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.pictures import to_uint8
+
 
 class Chosen(Sequence[str]):
     """Those of many names that have the given numbers, which are looked up one by one."""
@@ -56,6 +58,17 @@ class ImageSet:
     def images(self) -> Tensor:
         """(N, C, H, W); the store itself, or the copy of a choice of its rows: `take` a few of those instead."""
         return self.store if self.rows is None else self.store.index_select(0, self.rows)
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """(N, C, H, W) uint8: the images in the nearest of 256 levels, as samples are, to be compared with these."""
+        if self.store.dtype == torch.uint8:
+            return self.images
+        made = torch.empty(len(self), *self.store.shape[1:], dtype=torch.uint8)
+        for part in torch.arange(len(self)).split(4096):
+            values = self.take(part).float()
+            made[part] = to_uint8(values / 32767.5 - 1 if self.store.dtype == torch.uint16 else values)
+        return made
 
     @property
     def nbytes(self) -> int:

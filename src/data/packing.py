@@ -401,7 +401,10 @@ def _disk_in_words(out: Path) -> Iterator[None]:
                 f"the disk that holds {shown(out)} is full; what was packed stays: make room, and the same command "
                 "goes on from there"
             ) from error
-        raise UserError(f"{shown(out)} cannot be written to ({error}); choose another folder") from error
+        cache = f" the cache is $XDG_CACHE_HOME/{out.parent.parent.name}/{out.parent.name}" * (
+            out.parent == cache_folder()
+        )
+        raise UserError(f"{shown(out)} cannot be written to ({error});{cache or ' choose another folder'}") from error
 
 
 @contextmanager

@@ -144,6 +144,26 @@ def test_classes_limit_and_list_of_a_packed_store(command, tmp_path):
     assert tuple(data.class_names) == ("fox", "dog")
 
 
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, cache):
+    photos(tmp_path / "photos", size=(12, 12))
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot be written to .*; the cache is \$XDG_CACHE_HOME/diffusion-lab/data"):
+        module(tmp_path / "photos").setup()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_samples_are_compared_with_256_levels(tmp_path, dtype):
+    """Catches the upper byte alone of 16 bits, truncation, and values that are taken for levels."""
+    values = np.arange(4096).reshape(1, 64, 64, 1)
+    deep = (values * 16).astype(np.uint16) if dtype == "uint16" else (values / 2047.5 - 1).astype(np.float32)
+    pack(Made(list(deep)), Geometry((64, 64)), tmp_path / "out")
+    levels = Store(tmp_path / "out").image_set().levels
+    exact = deep.astype(np.float64) / 257 if dtype == "uint16" else (deep.astype(np.float64) + 1) * 127.5
+    assert levels.dtype == torch.uint8
+    assert np.abs(levels.numpy()[0, 0] - exact[0, ..., 0]).max() <= 0.5001
+
+
 BROKEN = {
     "cat/000.png": (b"", "cat/000.png is empty"),
     "dog/001.png": (b"hello, I am text", "dog/001.png is text"),
