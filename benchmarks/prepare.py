@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import arguments, interleave, print_table, spread, write_json
-from src.data.catalogues.folder import Folder
-from src.data.geometry import Geometry
-from src.data.packing import pack
-
 
 def main() -> None:
+    # here, so that the processes that decode, which import this file, do so without torch
+    from benchmarks.timing import arguments, interleave, print_table, spread, write_json
+    from src.data.catalogues.folder import Folder
+    from src.data.geometry import Geometry
+    from src.data.packing import pack
+
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--side", type=int, default=32, help="of the JPEGs, in pixels")
