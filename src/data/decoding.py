@@ -198,9 +198,8 @@ def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defi
     image.load()
     kind = image.format
     image = _upright(image)
-    if image.mode in ("P", "PA", "L", "RGB", "LA", "La") and (
-        "transparency" in image.info or image.mode in ("PA", "LA", "La")
-    ):
+    transparent = image.mode in ("P", "L", "RGB") and "transparency" in image.info
+    if transparent or image.mode in ("PA", "LA", "RGBa"):
         image = image.convert("RGBA")
     elif image.mode == "P":
         image = image.convert("RGB")
@@ -226,13 +225,13 @@ def _what_else(data: bytes) -> str:
     """Why no image was found."""
     known = {_PNG: "PNG", b"\xff\xd8": "JPEG", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
     if kind := next((kind for start, kind in known.items() if data.startswith(start)), None):
-        return f"begins as a {kind} does, but is cut short or damaged"
+        return f"begins as a {kind} does, but is cut short, damaged or of a rare sort"
     other = {b"GIF8": "GIF image", b"%PDF": "PDF", b"PK\3\4": "zip archive"}.get(data[:4], "file of an unknown kind")
     try:
         text = " ".join(data[:256].decode(errors="ignore" if len(data) > 256 else "strict").split())
     except UnicodeDecodeError:
         text = ""
-    if text and text.isprintable() and data[:4] not in (b"%PDF",):
+    if text.isprintable() and text and not data.startswith(b"%PDF"):
         return f"is text, not an image; it begins {text[:30]!r}"
     return f"is a {other}, not an image of a kind that is read: PNG, JPEG, WebP, TIFF, BMP or .npy"
 
