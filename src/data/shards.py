@@ -89,7 +89,8 @@ def samples(shard: str, skip: int = 0) -> Iterator[Sample]:
     """
     try:
         with _opened(shard) as stream:
-            number, key, parts = -1, "", {}
+            number, key = -1, ""
+            parts: dict[str, bytes] = {}
             for name, size in _members(stream, shard):
                 folder, _, base = name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -115,7 +116,7 @@ def samples(shard: str, skip: int = 0) -> Iterator[Sample]:
 
 
 @contextmanager
-def _opened(shard: str) -> Iterator[BinaryIO]:
+def _opened(shard: str) -> Iterator[Any]:
     with ExitStack() as stack:
         raw: Any = urlopen(shard, timeout=TIMEOUT) if URL.match(shard) else FileIO(shard)
         stream: Any = stack.enter_context(io.BufferedReader(stack.enter_context(raw), BUFFER))

@@ -4,9 +4,11 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +111,7 @@ class StreamLoader:
             held = [(images, labels)]
             high = low + self.share
             numbers = torch.arange(number + self.rank, number + self.share * self.world_size, self.world_size)
-            part = (images[low:high], labels[low:high], numbers, *self._draw(numbers))
+            part: tuple[Tensor, ...] = (images[low:high], labels[low:high], numbers, *self._draw(numbers))
             if self.device.type == "cuda":
                 part = tuple(v.pin_memory() for v in part)
             yield part
@@ -119,26 +121,26 @@ class StreamLoader:
 
     def _rounds(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images, (n, H, W, C), and labels of one round after another: image i is from lane i mod lanes."""
-        windows = iter(self._windows(first))
         number = first
-        while True:
-            found = [self._checked(next(windows)) for _ in self.lanes]
-            number += 1
-            self.places[number] = [window.after for window in found]
-            for old in [n for n in self.places if n < number - self._kept]:
-                del self.places[old]
-            images = torch.stack([torch.from_numpy(w.images) for w in found], 1).flatten(0, 1)
-            yield images, torch.stack([torch.from_numpy(w.labels) for w in found], 1).flatten()
+        with closing(self._windows(first)) as windows:
+            while True:
+                found = [self._checked(next(windows)) for _ in self.lanes]
+                number += 1
+                self.places[number] = [window.after for window in found]
+                for old in [n for n in self.places if n < number - self._kept]:
+                    del self.places[old]
+                images = torch.stack([torch.from_numpy(w.images) for w in found], 1).flatten(0, 1)
+                yield images, torch.stack([torch.from_numpy(w.labels) for w in found], 1).flatten()
 
     @property
     def _kept(self) -> int:
         """Rounds whose places may still be asked for: batches are ahead of the step that a checkpoint is of."""
         return 2 + (AHEAD + 2) * self.share * self.world_size // self.round
 
-    def _windows(self, first: int) -> Iterator[Window | Failed]:
+    def _windows(self, first: int) -> Generator[Window | Failed, None, None]:
         windows = Windows(self.lanes, self.places[first], first)
         if not self.workers:
-            return iter(windows)
+            yield from windows
         each = max(1, len(self.lanes) // self.workers)  # windows ahead: about a round
         over = multiprocessing.Event()
         atexit.register(over.set)  # before multiprocessing's own, which ends the workers that are left and waits
@@ -151,7 +153,12 @@ class StreamLoader:
             worker_init_fn=partial(_left_alone, over),
             generator=torch.Generator(),  # of seeds that nobody uses; else torch's own would be drawn from
         )
-        return iter(loader)
+        read = iter(loader)
+        try:
+            while True:
+                yield next(read)
+        finally:
+            del read  # now, and not when an exception that remembers it is forgotten: it ends the workers
 
     def _checked(self, window: Window | Failed) -> Window:
         if isinstance(window, Failed):
@@ -176,7 +183,7 @@ class StreamLoader:
         return mirrored[rows], parameters[rows]
 
 
-def _as_it_is(item: Window | Failed) -> Window | Failed:
+def _as_it_is(item: Any) -> Any:
     return item
 
 
