@@ -9,12 +9,13 @@ from lightning import LightningDataModule
 
 from src.build import check_seed, refusals
 from src.data.augmentation import Augmentation, Nothing
+from src.data.catalogue import Catalogue
 from src.data.geometry import Crop, Geometry, Resize
 from src.data.images import ImageSet
 from src.data.loader import Batch, EvalLoader, TrainLoader
 from src.data.packed import Packed, Store
 from src.data.packing import packed_once
-from src.data.selection import class_names, held_out, limited, listed, of_classes, unlabelled
+from src.data.selection import class_names, class_numbers, held_out, limited, listed, of_classes, unlabelled
 from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
 from src.launch import rank
@@ -50,6 +51,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         images_done: images of the training stream that were seen before.
+        stores: the packed images to train and to validate on, of a source that has such.
         restores: how often training went back to a checkpoint because it diverged; each time the order is another.
 
     Raises:
@@ -108,13 +110,20 @@ class ImageDataModule(LightningDataModule):
         self.images_done = 0
         self.restores = 0
         self._loaded = False
-        self._stores: tuple[Store | None, ...] = ()
+        self.stores: tuple[Store | None, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the images, once."""
+        """Reads the images, once.
+
+        Args:
+            stage: "preview" for images that are only looked at: they may leave the range that networks are trained in.
+        """
         if self._loaded:
             return
         train, val = self._split(*self._load())
+        for store in self.stores:
+            if store is not None and stage != "preview":
+                store.check_range()
         self.train, self.val = self._finish(train), self._finish(val)
         if self.batch_size > len(self.train):
             raise UserError(
@@ -133,8 +142,8 @@ class ImageDataModule(LightningDataModule):
         if hasattr(self.source, "load"):
             sets = self.source.load(self.dir)
         else:
-            self._stores = self._opened()
-            sets = [None if store is None else store.image_set(self.val_list is not None) for store in self._stores]
+            self.stores = self._opened()
+            sets = [None if store is None else store.image_set() for store in self.stores]
         if self.labels not in (None, "none") and not hasattr(self.source, "catalogues"):
             raise UserError(
                 f"data.labels={self.labels} is for images in files; these come with labels of their own: set null for "
@@ -148,10 +157,11 @@ class ImageDataModule(LightningDataModule):
         """The packed images of a source that has more of them than fit into memory, or does not know how many."""
         if isinstance(self.source, Packed):
             return self.source.open(self.dir)
-        channels, height, width = self.image_shape
+        channels, *size = self.image_shape
         with refusals("data"):
-            geometry = Geometry((height - 2 * self.pad, width - 2 * self.pad), self.crop, self.resize)
+            geometry = Geometry((size[0], size[1]), self.crop, self.resize)
         found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
+        self._check_classes(found[0])  # before hours of decoding
         first, second = (None if c is None else packed_once(c, geometry, channels, self.max_broken) for c in found)
         assert first is not None
         return first, second
@@ -173,8 +183,10 @@ class ImageDataModule(LightningDataModule):
         return train if self.limit is None else limited(train, self.limit), val
 
     def _finish(self, data: ImageSet) -> ImageSet:
-        if self.pad and isinstance(self.source, Packed):
-            raise UserError(f"data.pad={self.pad} would copy a packed store into memory; pack images of that size")
+        if self.pad and self.stores:
+            raise UserError(
+                f"data.pad={self.pad} would copy a packed store into memory; choose another data.image_size"
+            )
         if self.pad:
             data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
         shape = tuple(data.store.shape[1:])
@@ -183,12 +195,22 @@ class ImageDataModule(LightningDataModule):
                 f"the images are {_shape(shape)}, not {_shape(self.image_shape)} as data.channels "
                 f"and data.image_size say; set those to what the images are"
             )
-        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < self.num_classes:
-            raise UserError(
-                f"the labels run from {int(data.labels.min())} to {int(data.labels.max())}, which data.num_classes="
-                f"{self.num_classes} does not allow; set data.num_classes={int(data.labels.max()) + 1}"
-            )
+        self._check_labels(int(data.labels.min()), int(data.labels.max()))
         return data
+
+    def _check_classes(self, found: Catalogue) -> None:
+        if self.classes is None:
+            self._check_labels(int(found.labels.min()), int(found.labels.max()))
+        else:
+            class_numbers(self.classes, found.classes)
+            self._check_labels(0, len(self.classes) - 1)
+
+    def _check_labels(self, low: int, high: int) -> None:
+        if not 0 <= low <= high < self.num_classes:
+            raise UserError(
+                f"the labels run from {low} to {high}, which data.num_classes={self.num_classes} does not allow; "
+                f"set data.num_classes={high + 1}"
+            )
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
@@ -230,7 +252,7 @@ class ImageDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lets a mapped file's pages go that were read some time ago."""
-        for store in self._stores:
+        for store in self.stores:
             if store is not None:
                 store.touched(len(batch.index))
         return batch

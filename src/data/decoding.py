@@ -7,7 +7,10 @@ the images': 0 to 255, 0 to 65535, and for floats the range that the user states
 
 import contextlib
 import io
+import logging
+import re
 import warnings
+import zlib
 from math import prod
 
 import numpy as np
@@ -18,10 +21,13 @@ from src.data.catalogue import BrokenImageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".npy")
 MAX_PIXELS = 2**27  # 11,585 x 11,585; a file of a few kilobytes can claim any number, and would fill the memory
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it reports is in the sentence of the error
+
 FloatRange = tuple[float, float]
 Array = NDArray[np.generic]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # of Pillow
+_DEEP = (2, 4, 6)  # PNG's types of colour with more than one channel
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NPY = b"\x93NUMPY"
 
@@ -45,8 +51,6 @@ def decode(data: bytes, name: str, float_range: FloatRange = (-1.0, 1.0)) -> Arr
         raise BrokenImageError(name, "is empty (0 bytes)")
     if data.startswith(_NPY):
         return _npy(data, name, float_range)
-    if data.startswith(_PNG) and len(data) > 26 and data[24] == 16 and data[25] != 0:
-        return _deep_png(data, name)
     return _picture(data, name, float_range)
 
 
@@ -91,7 +95,7 @@ def _scaled(array: Array, name: str, float_range: FloatRange) -> Array:
             f"holds values from {least:.6g} to {most:.6g}, outside {low:g} to {high:g}; "
             f"set data.source.float_range to what they span",
         )
-    return ((values - low) * (2 / (high - low)) - 1).astype(np.float32)
+    return ((values - low) * (2 / (high - low)) - 1).astype(np.float32, order="C")
 
 
 def _npy(data: bytes, name: str, float_range: FloatRange) -> Array:
@@ -120,27 +124,9 @@ def npy_header(file: io.BufferedIOBase, name: str) -> tuple[tuple[int, ...], boo
         if read is None:
             raise ValueError(f"version {version}")
         shape, fortran, dtype = read(file)
-    except (ValueError, TypeError, SyntaxError, EOFError) as error:  # whatever NumPy's parser of Python text raises
+    except Exception as error:  # NumPy reads it as Python text, and meets damage with whatever that raises
         raise BrokenImageError(name, f"has a damaged .npy header ({_one_line(error)})") from error
     return shape, fortran, dtype, file.tell() - start
-
-
-def _deep_png(data: bytes, name: str) -> Array:
-    """A 16-bit PNG with more than one channel, of which Pillow keeps the upper bytes only."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-    if width * height > MAX_PIXELS:
-        raise BrokenImageError(name, _too_large((height, width)))
-    try:
-        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise BrokenImageError(name, f"is a damaged PNG ({_one_line(error)})") from error
-    array = pixels.permute(1, 2, 0).contiguous().numpy()
-    if array.shape[2] == 2:  # grey and alpha, as for 8 bits
-        array = np.concatenate([array[..., :1].repeat(3, 2), array[..., 1:]], 2)
-    return array
 
 
 def _picture(data: bytes, name: str, float_range: FloatRange) -> Array:
@@ -156,40 +142,67 @@ def _picture(data: bytes, name: str, float_range: FloatRange) -> Array:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format != "MPO":  # JPEG of telephones, whose further frames are previews
                     raise BrokenImageError(name, f"holds {frames} pictures; save each as a file of its own")
-                return finished(_pixels(image, name), name, float_range)
+                deep = image.format == "PNG" and data[24] == 16 and data[25] in _DEEP
+                return finished(_deep(data) if deep else _pixels(image, name), name, float_range)
     except BrokenImageError:
         raise
     except UnidentifiedImageError as error:
         raise BrokenImageError(name, _what_else(data)) from error
     except Image.DecompressionBombError as error:
-        raise BrokenImageError(name, f"claims more than {MAX_PIXELS:,} pixels; make it smaller first") from error
+        size = int(re.findall(r"\d+", str(error))[0])
+        raise BrokenImageError(name, _too_large((size,))) from error
     except Exception as error:  # damage reaches the user as whatever Pillow's parsers happen to raise
         kind = _one_line(error)
         if "truncated" in kind.lower():
-            raise BrokenImageError(name, f"is cut short ({kind})") from error
+            raise BrokenImageError(name, "is cut short; its end is missing") from error
         raise BrokenImageError(name, f"is damaged ({kind})") from error
 
 
-def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defined]  # noqa: F821
-    from PIL import ImageOps
+def _deep(data: bytes) -> Array:
+    """A 16-bit PNG in colour or with alpha, of which Pillow keeps one byte a value: here once either."""
+    from PIL import Image
 
+    grey = data[25] == 4
+    if grey:  # to PNG's filters, two values of 16 bits are four of 8
+        header = data[12:24] + bytes([8, 6]) + data[26:29]
+        data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+    parts = []
+    for order in (None,) if grey else ("B", "L"):  # read as little-endian, the upper byte is the lower one
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            key = image.info.get("transparency")
+            if order is not None:
+                image.tile = [tile._replace(args=f"{image.mode};16{order}") for tile in image.tile]
+            image.load()
+            parts.append(np.asarray(_upright(image)).astype(np.uint16))
+    values = parts[0][..., ::2] << 8 | parts[0][..., 1::2] if grey else parts[0] << 8 | parts[1]
+    if grey:  # as Pillow's conversions of 8 bits do
+        return values[..., [0, 0, 0, 1]]
+    if key is None:
+        return values
+    opaque = (values != np.array(key, np.uint16)).any(-1, keepdims=True)
+    return np.concatenate([values, opaque * np.uint16(65535)], -1)
+
+
+def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defined]  # noqa: F821
     if image.format == "TIFF":
         bits = set(image.tag_v2.get(258, (1,)))
         if max(bits) > 8 and len(image.getbands()) > 1:  # Pillow would keep the upper bytes
             raise BrokenImageError(
                 name, f"is a TIFF of {max(bits)} bits in colour, which is not read; save it as 16-bit PNG or .npy"
             )
+        covered = sum((right - left) * (low - top) for _, (left, top, right, low), *_ in image.tile)
+        if covered < image.size[0] * image.size[1]:  # Pillow would leave the rest black
+            raise BrokenImageError(
+                name, f"is damaged ({covered:,} of {image.size[0] * image.size[1]:,} pixels are there)"
+            )
     image.load()
     kind = image.format
-    with contextlib.suppress(Exception):  # unreadable metadata says nothing of the orientation
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "PA", "L", "RGB", "LA", "La") and (
-        "transparency" in image.info or image.mode in ("PA", "LA", "La")
-    ):
+    image = _upright(image)
+    transparent = image.mode in ("P", "L", "RGB") and "transparency" in image.info
+    if transparent or image.mode in ("PA", "LA", "RGBa"):
         image = image.convert("RGBA")
     elif image.mode == "P":
-        grey = image.palette is not None and image.palette.mode == "L"
-        image = image.convert("L" if grey else "RGB")
+        image = image.convert("RGB")
     elif image.mode == "1":
         image = image.convert("L")
     elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
@@ -200,19 +213,27 @@ def _pixels(image: "Image.Image", name: str) -> Array:  # type: ignore[name-defi
     return array
 
 
+def _upright(image: "Image.Image") -> "Image.Image":  # type: ignore[name-defined]  # noqa: F821
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # unreadable metadata says nothing of the orientation
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _what_else(data: bytes) -> str:
-    start = data[:64]
-    if start[:4] in (b"GIF8", b"%PDF", b"PK\x03\x04"):
-        return f"is a {start[:4].decode('latin1').strip('8%')} file, not an image that is read here"
+    """Why no image was found."""
+    known = {_PNG: "PNG", b"\xff\xd8": "JPEG", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    if kind := next((kind for start, kind in known.items() if data.startswith(start)), None):
+        return f"begins as a {kind} does, but is cut short, damaged or of a rare sort"
+    other = {b"GIF8": "GIF image", b"%PDF": "PDF", b"PK\3\4": "zip archive"}.get(data[:4], "file of an unknown kind")
     try:
-        text = data[:512].decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(data[:512]) - 4:
-            return "is no image that is read here: PNG, JPEG, WebP, TIFF, BMP or .npy"
-        text = data[: error.start].decode()
-    if text.isprintable() or all(c.isprintable() or c.isspace() for c in text):
-        return f"is text, not an image: it begins {' '.join(text.split())[:30]!r}"
-    return "is no image that is read here: PNG, JPEG, WebP, TIFF, BMP or .npy"
+        text = " ".join(data[:256].decode(errors="ignore" if len(data) > 256 else "strict").split())
+    except UnicodeDecodeError:
+        text = ""
+    if text.isprintable() and text and not data.startswith(b"%PDF"):
+        return f"is text, not an image; it begins {text[:30]!r}"
+    return f"is a {other}, not an image of a kind that is read: PNG, JPEG, WebP, TIFF, BMP or .npy"
 
 
 def _too_large(shape: tuple[int, ...]) -> str:

@@ -34,7 +34,7 @@ class Size(str):
         ValueError: for another form.
     """
 
-    described = "a whole number, or height by width such as 48x64"
+    described = "height by width, such as 48x64"
 
     def __new__(cls, text: str) -> "Size":
         height, _, width = str(text).partition("x")

@@ -3,9 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from src.pictures import to_uint8
+
+
+class Chosen(Sequence[str]):
+    """Those of many names that have the given numbers, which are looked up one by one."""
+
+    def __init__(self, names: Sequence[str], numbers: Tensor) -> None:
+        self._names, self._numbers = names, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: Any) -> Any:
+        found = self._numbers[i]
+        return [self._names[n] for n in found.tolist()] if found.ndim else self._names[int(found)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +59,17 @@ class ImageSet:
         """(N, C, H, W); the store itself, or the copy of a choice of its rows: `take` a few of those instead."""
         return self.store if self.rows is None else self.store.index_select(0, self.rows)
 
+    @cached_property
+    def levels(self) -> Tensor:
+        """(N, C, H, W) uint8: the images in the nearest of 256 levels, as samples are, to be compared with these."""
+        if self.store.dtype == torch.uint8:
+            return self.images
+        made = torch.empty(len(self), *self.store.shape[1:], dtype=torch.uint8)
+        for part in torch.arange(len(self)).split(4096):
+            values = self.take(part).float()
+            made[part] = to_uint8(values / 32767.5 - 1 if self.store.dtype == torch.uint16 else values)
+        return made
+
     @property
     def nbytes(self) -> int:
         """Of the pixels of these images alone."""
@@ -61,7 +89,7 @@ class ImageSet:
     def part(self, index: Tensor | slice) -> "ImageSet":
         """These images as a choice of rows; nothing is copied."""
         numbers = self._numbers(index)
-        names = None if self.names is None else [self.names[i] for i in numbers.tolist()]
+        names = None if self.names is None else Chosen(self.names, numbers)
         rows = numbers if self.rows is None else self.rows[numbers]
         return replace(self, labels=self.labels[index], names=names, rows=rows)
 

@@ -16,7 +16,9 @@ import json
 import mmap
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +140,7 @@ class Store:
         verify: compare images.bin with its SHA-256, which reads all of it.
 
     Raises:
-        UserError: when it is not whole, or its values leave the range that networks are trained in.
+        UserError: when it is not whole.
     """
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
@@ -167,26 +169,26 @@ class Store:
         self.labels: Tensor = torch.from_numpy(labels)
         self._touched = 0
 
-    def image_set(self, named: bool = False) -> "ImageSet":
-        """The images with their labels, and their names where those are wanted."""
+    def image_set(self) -> "ImageSet":
+        """The images with their labels and names."""
         from src.data.images import ImageSet
 
-        names = self.names() if named else None
-        return ImageSet(self.images, self.labels, names, tuple(self.manifest.classes), mapped=True)
+        return ImageSet(
+            self.images, self.labels, Names(self.folder, self.manifest.count), tuple(self.manifest.classes), mapped=True
+        )
 
-    def names(self) -> list[str]:
-        """Of each image, as its source called it.
+    def check_range(self) -> None:
+        """Compares floats with the range that networks are trained in; whole numbers cannot leave it.
 
         Raises:
-            UserError: when the file is damaged.
+            UserError: when they leave [-1, 1].
         """
-        try:
-            names = json.loads((self.folder / NAMES).read_text())
-            if len(names) != self.manifest.count:
-                raise ValueError(f"{len(names)} names")
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{shown(self.folder / NAMES)} cannot be read ({error}); pack the images anew") from error
-        return list(names)
+        low, high = self.manifest.lowest, self.manifest.highest
+        if self.manifest.dtype == "float32" and not -1 <= low <= high <= 1:
+            raise UserError(
+                f"{shown(self.folder)} holds values from {low:g} to {high:g}, and networks are trained on [-1, 1]; "
+                "pack the images anew, and state with data.source.float_range what they span"
+            )
 
     def touched(self, images: int) -> None:
         """Says that so many images were read. Every half GiB or so the pages that this process holds are let go of,
@@ -197,6 +199,33 @@ class Store:
             return
         self._map.madvise(mmap.MADV_DONTNEED)
         self._touched = 0
+
+
+class Names(Sequence[str]):
+    """The names of a store's images, read when one is asked for.
+
+    Raises:
+        UserError: then, when the file is damaged.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._path, self._count = folder / NAMES, count
+
+    @cached_property
+    def _all(self) -> list[str]:
+        try:
+            names = json.loads(self._path.read_text())
+            if not isinstance(names, list) or len(names) != self._count:
+                raise ValueError(f"it does not name {self._count:,} images")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{shown(self._path)} cannot be read ({error}); pack the images anew") from error
+        return names
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._all[i]
 
 
 @dataclass(frozen=True)

@@ -297,9 +297,8 @@ class _Packer:
             return
         name, reason = skipped[self.max_broken]
         if self.max_broken == 0:
-            raise UserError(
-                f"{name} {reason}; repair it or take it away, or leave such images out with data.max_broken=100"
-            )
+            mend = "" if ";" in reason else "repair it or take it away, "
+            raise UserError(f"{name} {reason}; {mend}or leave such images out with data.max_broken=100")
         raise UserError(
             f"{name} {reason}; with it {self.max_broken + 1} images cannot be used, more than data.max_broken="
             f"{self.max_broken}; the first is {skipped[0][0]}"
@@ -402,7 +401,10 @@ def _disk_in_words(out: Path) -> Iterator[None]:
                 f"the disk that holds {shown(out)} is full; what was packed stays: make room, and the same command "
                 "goes on from there"
             ) from error
-        raise UserError(f"{shown(out)} cannot be written to ({error}); choose another folder") from error
+        cache = f" the cache is $XDG_CACHE_HOME/{out.parent.parent.name}/{out.parent.name}" * (
+            out.parent == cache_folder()
+        )
+        raise UserError(f"{shown(out)} cannot be written to ({error});{cache or ' choose another folder'}") from error
 
 
 @contextmanager

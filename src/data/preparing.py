@@ -111,8 +111,8 @@ def read(catalogue: Catalogue, number: int) -> NDArray[np.generic]:
 
 
 def with_channels(image: NDArray[np.generic], channels: int, name: str) -> NDArray[np.generic]:
-    """(H, W, channels): the image itself, a grey one whose channel is repeated, or one without what tells nothing: alpha
-    that is opaque everywhere, colour that is grey everywhere.
+    """(H, W, channels): the image itself, a grey one whose channel is repeated, or one without what tells nothing:
+    alpha that is opaque everywhere, colour that is grey everywhere.
 
     Raises:
         BrokenImageError: for any other number of channels.

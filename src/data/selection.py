@@ -16,7 +16,7 @@ from src.data.images import ImageSet
 from src.errors import UserError
 from src.randomness import generator, mix
 
-COPIED = 2**28  # bytes of pixels, up to which a choice is copied, so that what is left out frees its memory
+COPIED = 2**28  # bytes of a set, up to which a choice of it is copied, so that what is left out frees its memory
 
 
 def unlabelled(data: ImageSet) -> ImageSet:
@@ -34,15 +34,25 @@ def of_classes(data: ImageSet, wanted: Sequence[str | int]) -> ImageSet:
         UserError: for a class that is not there, or twice.
     """
     known = class_names(data)
-    numbers = [_class_number(value, known) for value in wanted]
-    twice = next((value for value, n in zip(wanted, numbers, strict=True) if numbers.count(n) > 1), None)
-    if twice is not None or not numbers:
-        raise UserError(f"data.classes={list(wanted)} names {'no class' if not numbers else f'{twice} twice'}")
+    numbers = class_numbers(wanted, known)
     table = torch.full((len(known),), -1, dtype=torch.int64)
     table[torch.tensor(numbers)] = torch.arange(len(numbers))
     labels = table[data.labels]
     chosen = choose(data, (labels >= 0).nonzero()[:, 0])
     return replace(chosen, labels=labels[labels >= 0], classes=tuple(known[n] for n in numbers))
+
+
+def class_numbers(wanted: Sequence[str | int], known: Sequence[str]) -> list[int]:
+    """Of classes by their names or numbers, among all.
+
+    Raises:
+        UserError: see `of_classes`.
+    """
+    numbers = [_class_number(value, known) for value in wanted]
+    twice = next((value for value, n in zip(wanted, numbers, strict=True) if numbers.count(n) > 1), None)
+    if twice is not None or not numbers:
+        raise UserError(f"data.classes={list(wanted)} names {'no class' if not numbers else f'{twice} twice'}")
+    return numbers
 
 
 def class_names(data: ImageSet) -> tuple[str, ...]:
@@ -96,9 +106,8 @@ def limited(data: ImageSet, limit: int) -> ImageSet:
 
 
 def choose(data: ImageSet, index: Tensor) -> ImageSet:
-    """These images, in this order; copied where they are few."""
-    each = data.store[:1].nbytes
-    return data[index] if len(index) * each <= COPIED else data.part(index)
+    """These images, in this order; copied where the set is small."""
+    return data[index] if data.store.nbytes <= COPIED else data.part(index)
 
 
 def _class_number(value: str | int, known: Sequence[str]) -> int:

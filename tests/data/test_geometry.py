@@ -132,7 +132,7 @@ def test_an_image_that_has_the_size_keeps_every_pixel():
 def test_sizes():
     assert [parse_size(s) for s in (64, "64x48", [48, 64])] == [(64, 64), (64, 48), (48, 64)]
     for wrong in ("64", "axb", "64x", "-1x2", "64x48x3", "1.5x2"):
-        with pytest.raises(ValueError, match="height by width such as 48x64"):
+        with pytest.raises(ValueError, match="height by width, such as 48x64"):
             Size(wrong)
     with pytest.raises(ValueError, match="must be at least 1"):
         parse_size("0x4")

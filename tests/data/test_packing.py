@@ -299,7 +299,7 @@ def test_broken_images_stop_it_or_are_listed(tmp_path):
     kept = [i for i in range(20) if i not in (4, 7, 19)]
     store = Store(out, verify=True)
     assert store.labels.tolist() == kept
-    assert store.names() == [f"{i:05}.png" for i in kept]
+    assert list(store.image_set().names) == [f"{i:05}.png" for i in kept]
     np.testing.assert_array_equal(store.images.numpy(), np.stack(catalogue.images)[kept].transpose(0, 3, 1, 2))
 
 
