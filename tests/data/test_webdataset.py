@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.data.augmentation import Edm, Nothing
+from src.data.augmentation import Dihedral, Edm, Nothing
 from src.data.catalogue import BrokenImageError
 from src.data.lanes import Lane, Place
 from src.data.shards import expand, samples
@@ -162,14 +162,15 @@ def test_every_image_once_an_epoch_with_its_own_label(shards):
 
 def test_the_stream_is_a_function_of_the_seed(shards):
     """Neither batch size nor workers change it; another seed does, and so does going back after a divergence."""
-    whole = list(islice(loader(module(shards)), 24))
+    flips = {"flip": True, "augment": Dihedral()}
+    whole = list(islice(loader(module(shards, **flips)), 24))
     x = [torch.cat(v) for v in zip(*whole, strict=True)]
     assert torch.equal(x[2], torch.arange(192))
     torch.manual_seed(5)
-    small = [torch.cat(v) for v in zip(*islice(loader(module(shards, batch_size=3)), 64), strict=True)]
+    small = [torch.cat(v) for v in zip(*islice(loader(module(shards, batch_size=3, **flips)), 64), strict=True)]
     assert_same([x], [small])
     before = torch.get_rng_state()
-    working = loader(module(shards, workers=2))
+    working = loader(module(shards, workers=2, **flips))
     assert working.workers == 2
     assert_same(islice(working, 24), whole)
     assert torch.equal(torch.get_rng_state(), before)
