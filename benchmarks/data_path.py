@@ -1,6 +1,7 @@
 """How fast batches reach the device: images a second, 32x32 RGB, as shuffled, flipped and normalised floats.
 
   ours    src.data.loader.TrainLoader over one uint8 tensor
+  mapped  the same over a file that is mapped into memory
   PIL     a torchvision-style data set (Image.fromarray, RandomHorizontalFlip, ToTensor, Normalize) behind a DataLoader
           with persistent workers and the default prefetch
   floor   index_select, flip and normalisation alone, with indices and flips chosen beforehand
@@ -9,6 +10,7 @@ All draw from the same 50,000 random images, for ever. A turn of PIL first takes
 that the clock sees their pace and not their stock, and waits after it until they have restocked.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
 from benchmarks.timing import arguments, interleave, spread, write_report
-from src.data.loader import TrainLoader, flip, normalize
-from src.data.sources import ImageSet
+from src.data.augmentation import flip
+from src.data.images import ImageSet
+from src.data.loader import TrainLoader, normalize
 
 PREFETCH = 2  # batches a worker, DataLoader's default
 
@@ -71,6 +74,7 @@ def main() -> None:
         seed=0,
     )
     ours = (batch.x0 for batch in loader)
+    mapped = (batch.x0 for batch in TrainLoader(on_disk(images), device, args.batch_size, flip=True, seed=0))
     floor = bare(resident, args.batch_size)
     pil = pil_batches(images, args.batch_size, args.workers, device)
 
@@ -83,6 +87,7 @@ def main() -> None:
 
     contenders: dict[str, Callable[[], float]] = {
         "ours": lambda: turn(ours, args.batches),
+        "mapped": lambda: turn(mapped, args.batches),
         "PIL": pil_turn,
         "floor": lambda: turn(floor, args.batches),
     }
@@ -91,6 +96,7 @@ def main() -> None:
     comparisons = {
         "ours / PIL": rounds.ratios("ours", "PIL"),
         "floor / ours": rounds.ratios("floor", "ours"),
+        "floor / mapped": rounds.ratios("floor", "mapped"),
         "ours again / ours": rounds.control_ratios(),
     }
     where = f"{device}, batch {args.batch_size}, {torch.get_num_threads()} threads, PIL with {args.workers} workers"
@@ -104,6 +110,13 @@ def main() -> None:
         ),
     ]
     write_report(args, tables, device, images_per_second=rounds.values, ratios=comparisons)
+
+
+def on_disk(images: Tensor) -> ImageSet:
+    with tempfile.NamedTemporaryFile() as file:  # gone with the last that has it mapped
+        images.numpy().tofile(file.name)
+        stored = torch.from_file(file.name, shared=True, size=images.numel(), dtype=images.dtype).view(images.shape)
+    return ImageSet(stored, torch.zeros(len(images), dtype=torch.int64), mapped=True)
 
 
 def bare(images: Tensor, batch_size: int) -> Iterator[Tensor]:

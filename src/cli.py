@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from src.build import check, check_arguments, check_seed, unknown_key
+from src.data.packed import described
 from src.devices import claim_gpu
 from src.errors import UserError
 from src.failures import forget_failure, note_failure
@@ -57,6 +58,7 @@ def _register_stamp(resumes: bool = False) -> None:
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
 OmegaConf.register_new_resolver("share", share, replace=True)
+OmegaConf.register_new_resolver("packed", described, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
 _register_stamp()
 Task = Callable[[dict[str, Any], Path], Any]
@@ -234,11 +236,14 @@ def _explain(error: BaseException) -> str:
         option = f"{below}/{option}" if below else option
         names = sorted({*(str(name).removesuffix(".yaml") for name in error.options if not below), *options(group)})
         return unknown_key(f"{group}={option}", option, names).replace("there is no setting", "there is no option")
+    refused: BaseException | None = error
+    while refused is not None and not isinstance(refused, UserError):
+        refused = refused.__context__
+    if refused is not None:  # by a resolver
+        return str(refused)
     cause = error
-    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError | UserError):
+    while cause is not None and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
         cause = cause.__cause__  # type: ignore[assignment]
-    if isinstance(cause, UserError):  # of a resolver
-        return str(cause)
     if cause is not None and cause.parent_node is not None and OmegaConf.is_dict(cause.parent_node):
         names = [str(name) for name in cause.parent_node if name != "hydra"]
         return unknown_key(str(cause.full_key), str(cause.key), names)

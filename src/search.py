@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.build import build, check, check_arguments
 from src.errors import UserError
 from src.files import shown
-from src.training.lock import Lock
+from src.lock import Lock
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -33,6 +33,7 @@ class TrainConfig:
     model: dict
     sampler: dict | None
     data: dict
+    augment: dict
     optimizer: dict
     lr_schedule: dict
     trainer: dict

@@ -16,6 +16,7 @@ from src.train import TrainConfig
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+NEEDED = {"data=packed": ("data.dir=data", "data.channels=1", "data.image_size=8", "data.num_classes=1")}  # of a store
 NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance", "features", "task")
 
 
@@ -49,7 +50,7 @@ def test_every_option_passes_the_schema_and_builds(group, option, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # trainer=fsdp needs several
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     size = ["data.image_size=32"] if group == "model" and option != "oracle" else []
-    config = configuration(f"{group}={option}", *size)
+    config = configuration(f"{group}={option}", *size, *NEEDED.get(f"{group}={option}", ()))
     check(config, "")
     with torch.device("meta" if size else "cpu"):  # the largest networks take gigabytes
         build(config[group], group)
@@ -79,7 +80,7 @@ def test_averages_build_and_go_together(averages, names, tmp_path):
 
 @cache
 def option_alone(group: str, option: str) -> dict:
-    return configuration(f"{group}={option}")[group]
+    return configuration(f"{group}={option}", *NEEDED.get(f"{group}={option}", ()))[group]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -21,7 +21,7 @@ def strict(path):
 def test_one_png_and_one_json(command, tmp_path):
     outcome = command("preview", "schedule=cosine", f"out={tmp_path / 'out'}")
     assert outcome.code == 0, outcome.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["preview.json", "preview.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.png", "preview.json", "preview.png"]
     assert outcome.out.startswith("Nothing looks wrong: the schedule ends at alpha / sigma = 4.9e-05")
     assert str(tmp_path / "out" / "preview.png") in outcome.out
     content = strict(tmp_path / "out" / "preview.json")
@@ -96,7 +96,7 @@ def test_every_schedule_can_be_looked_at(command, tmp_path, arguments):
 def test_the_same_seed_gives_the_same_files(command, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert command("preview", f"out={tmp_path / name}", f"seed={seed}").code == 0
-    for file in ("preview.png", "preview.json"):
+    for file in ("preview.png", "data.png", "preview.json"):
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert a == b
         assert a != c
@@ -131,6 +131,7 @@ REFUSED = [
     (["num_images=2", "data.val_images=1796", "data.batch_size=1"], "num_images=2 is more than the 1 training images"),
     (["num_images=1", "data.val_images=1796", "data.batch_size=1"], "data: the training images are all the same"),
     (["data=mnist", "data.dir={tmp}/nowhere"], "MNIST is not in {tmp}/nowhere"),
+    (["data=webdataset"], "images that are read while training goes on are not looked at before"),
     (["seed=-1"], "seed=-1 must lie between 0 and"),
     (["shedule=cosine"], "there is no setting shedule; did you mean schedule"),
 ]

@@ -36,10 +36,14 @@ class Catalogue(Protocol):
         classes: the names of the classes; one, empty, where there are none.
     """
 
-    where: str
-    names: Sequence[str]
-    labels: NDArray[np.int64]
-    classes: Sequence[str]
+    @property
+    def where(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def classes(self) -> Sequence[str]: ...
 
     def read(self, i: int) -> NDArray[np.generic]:
         """Image number i, (H, W, C) of uint8, uint16 or float32.

@@ -1,9 +1,10 @@
 """Gaussian diffusion = schedule + objective + weighting + density + loss: the forward process, p_losses, the denoiser.
 
 Networks are called as net(x, t), or net(x, t, y) where there are labels y (B,) int64, with x (B, C, H, W), and t (B,)
-what the schedule tells of the noise level. They return F of the same shape. Two attributes say more:
+what the schedule tells of the noise level. They return F of the same shape. Three attributes say more:
 
     self_conditioning   x is (B, 2 C, H, W): the noisy image, and the last guess of x0 or zeros (Chen et al. 2023)
+    augment_dim         also called as net(x, t, ..., augment=a), a (B, augment_dim) what augmentation did to the images
     learned_variance    F is (B, 2 C, H, W): the objective's F, and v of the reverse variance (Nichol & Dhariwal 2021)
 """
 
@@ -28,7 +29,7 @@ SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
 
 
 class Network(Protocol):
-    def __call__(self, x: Tensor, t: Tensor, /, *labels: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, /, *labels: Tensor, **augment: Tensor) -> Tensor: ...
 
 
 class Weighting(Protocol):
@@ -127,6 +128,7 @@ class GaussianDiffusion:
         noise: Tensor,
         y: Tensor | None = None,
         self_condition: bool = True,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """The loss of each image, (B,): w mean((F - (a x0 + b eps))^2) over C, H, W, and what `loss` makes of it.
 
@@ -135,7 +137,9 @@ class GaussianDiffusion:
         Args:
             self_condition: give a network with self-conditioning its own first guess, without gradient, instead of
                 zeros (Algorithm 1, Chen et al. 2023).
+            augment: (B, augment_dim) what augmentation did to x0, of a network that is told; None for nothing.
         """
+        told = {} if augment is None else {"augment": augment}
         alpha, sigma = self._level(t, x0)
         x_t = alpha * x0 + sigma * noise
         condition = self.schedule.condition(t)
@@ -144,10 +148,10 @@ class GaussianDiffusion:
             guess = torch.zeros_like(x)
             if self_condition:
                 with torch.no_grad():
-                    F = self.split(net, net(torch.cat([x, guess], 1), condition, *_given(y)).float())[0]
+                    F = self.split(net, net(torch.cat([x, guess], 1), condition, *_given(y), **told).float())[0]
                     guess = self.objective.x0(x_t, F, alpha, sigma).clamp_(-1, 1)
             x = torch.cat([x, guess], 1)
-        F, v = self.split(net, net(x, condition, *_given(y)).float())
+        F, v = self.split(net, net(x, condition, *_given(y), **told).float())
         error = (F - self.objective.target(x0, noise, alpha, sigma)).square().flatten(1).mean(1)
         flat_alpha, flat_sigma = alpha.flatten(), sigma.flatten()
         weight = self.weight(t, flat_alpha, flat_sigma)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from src.build import build, refusals
+from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
 from src.diffusion.continuous import VarianceExploding
 from src.diffusion.gaussian import GaussianDiffusion
@@ -182,6 +183,7 @@ def look(config: dict[str, Any], out: Path) -> None:
     Raises:
         UserError: for whatever the user can mend, before anything is written.
     """
+    from src.evaluation import preview_data, preview_data_picture
     from src.evaluation.preview_picture import draw
 
     if not 1 <= config["num_images"] <= 32:
@@ -194,7 +196,11 @@ def look(config: dict[str, Any], out: Path) -> None:
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
     data = build(config["data"], "data")
-    data.setup()
+    if not isinstance(data, ImageDataModule):
+        raise UserError(
+            "images that are read while training goes on are not looked at before; preview some in a folder"
+        )
+    data.setup("preview")
     if config["num_images"] > len(data.train):
         raise UserError(f"num_images={config['num_images']} is more than the {len(data.train)} training images")
     chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:COVARIANCE_IMAGES]
@@ -206,6 +212,8 @@ def look(config: dict[str, Any], out: Path) -> None:
     training = spend(diffusion, curves)
     finite = finite_loss(diffusion, images[:ORACLE_IMAGES], curves, generator(mix(config["seed"], 2), 0))
     sentences = words(diffusion, spectrum, curves, training)
+    found = preview_data.look_at(data)
+    on_images = preview_data.words_on(found, data)
 
     title = " · ".join(type(part).__name__ for part in (*parts, data.source)) + f" {_size(data.image_shape)}"
     noise = torch.randn(config["num_images"], *data.image_shape, generator=generator(mix(config["seed"], 3), 0))
@@ -220,17 +228,22 @@ def look(config: dict[str, Any], out: Path) -> None:
             "variance": spectrum.variance,
         },
         "sentences": sentences,
+        "data": {**preview_data.described(found), "sentences": on_images},
         "network": None if price is None else {**price._asdict(), "batch_size": batch},
         **_described(curves, finite, training),
     }
     draw(title, sentences, strip, curves, finite, training, out / "preview.png")
+    title = f"{config['choices'].get('data', 'data')} {_size(data.image_shape)}"
+    preview_data_picture.draw(
+        title, on_images, found, data, preview_data.chosen(data, config["seed"]), out / "data.png"
+    )
     with replacing(out / "preview.json") as temporary:
         temporary.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
-    for sentence in sentences:
+    for sentence in (*sentences, *on_images):
         print(sentence["sentence"])
     if network is not None and price is not None:
         print(_priced(str(network["_target_"]).rpartition(".")[2], price, batch))
-    for name in ("preview.png", "preview.json"):
+    for name in ("preview.png", "data.png", "preview.json"):
         print(f"  {out / name}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.build import build, refusals
+from src.data.augmentation import NOTHING
 from src.data.sources import ImageSet
 from src.diffusion.schedules import DiscreteSchedule
 from src.errors import UserError
@@ -77,7 +78,7 @@ class Evaluation:
         assert self.features is not None
         cache = None if self.config["cache"] is None else Path(self.config["cache"])
         with refusals("features"), _bar(len(self.train), f"reference, {self.features.name}") as update:
-            return reference(self.features, self.train.images, cache, update)
+            return reference(self.features, self.train.levels, cache, update)
 
     @cached_property
     def images(self) -> Tensor:
@@ -118,12 +119,14 @@ class Evaluation:
         if n and self.given is None and self.config["weights"] != "raw":
             config = {**self.config, "weights": "raw"}
             sets["raw"] = drawn(set_up(config, n), config, n, self.out, self.group)
-        return scorer(sets, self.train.images) if self.group.first else {}
+        return scorer(sets, self.train.levels) if self.group.first else {}
 
     def _memorisation(self, scorer: Any, images: Tensor) -> dict[str, Score]:
-        held_out, trained = self.val.images[: scorer.limit], self.train.images
+        held_out, trained = self.val.levels[: scorer.limit], self.train.levels
         # a training image that was mirrored is one, too
-        compared = scorer.compare(images, held_out, trained, mirrored=bool(self.run.config["data"].get("flip")))
+        augment = build(self.run.config.get("augment", NOTHING), "augment")
+        mirrored = bool(self.run.config["data"].get("flip")) or augment.mirrors
+        compared = scorer.compare(images, held_out, trained, mirrored=mirrored)
         save_pairs(compared, images, trained, self.out / "memorisation.png")
         save_strip(compared, images, trained, self.out / "neighbours.png")
         scores = scorer.scores(compared, "pixels")

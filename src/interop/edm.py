@@ -1,8 +1,8 @@
 """State dicts of EDM's networks (Karras et al. 2022): DDPM++ ("SongUNet") and ADM ("DhariwalUNet").
 
-The keys and shapes say what the network is, the size of its images included. Weights of its augmentation labels, which
-are zero when it samples, are left out. As EDM's own files are pickles with code in them, a state dict has to be saved
-where that code is trusted: torch.save(net.model.state_dict(), ...), or safetensors.
+The keys and shapes say what the network is, the size of its images and its augmentation labels included. As EDM's own
+files are pickles with code in them, a state dict has to be saved where that code is trusted:
+torch.save(net.model.state_dict(), ...), or safetensors.
 """
 
 import math
@@ -22,7 +22,7 @@ BLOCK = {"norm1": "norm0", "conv1": "conv0", "time": "affine", "norm2": "norm1",
 ATTENTION = {"norm": "norm2", "proj": "proj"}
 QKV = (1, 2, 0)  # (heads, d, 3)
 CHANNELS_PER_HEAD = 64  # of ADM; DDPM++ has one head
-UNUSED = re.compile(r"(^|\.)(resample_filter|map_augment\.weight)$")
+UNUSED = re.compile(r"(^|\.)resample_filter$")
 PARTS: dict[str, dict[str, Any]] = {
     "schedule": {"_target_": "src.diffusion.continuous.Karras", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
     "objective": {"_target_": "src.diffusion.objectives.Edm", "sigma_data": 0.5},
@@ -85,6 +85,7 @@ def infer(theirs: dict[str, Tensor], path: Path) -> dict[str, Any]:
         "wide_stem": stem == widths[0] and stem != base,
         "cosine_first": not song,
         "endpoint": song,
+        "augment_dim": shape["map_augment.weight"][1] if "map_augment.weight" in shape else 0,
     }
 
 
@@ -105,6 +106,8 @@ def entries(net: UNet, size: int) -> list[Entry]:
     ]
     if net.num_classes is not None:
         found.append(_labels(net.num_classes, song))
+    if net.augment_dim:
+        found.append(Entry("augment_embedding.weight", ("map_augment.weight",), lambda v: v, lambda v: (v,)))
     down, up = places(net)
     for side, layers in (("enc", down), ("dec", up)):
         for place in layers:

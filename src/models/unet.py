@@ -53,6 +53,9 @@ class UNet(nn.Module):
         skip_scale: what sums of a block and its shortcut are multiplied by; sqrt(1/2) in DDPM++.
         wide_stem: the first convolution has the first level's width and not base_channels (ADM).
         cosine_first, endpoint, time_scale: see `SinusoidalEmbedding`; what is not Ho et al.'s is ADM's.
+        augment_dim: numbers that tell what augmentation did to an image; a layer of them, without a bias, is added to
+            the sinusoids (Appendix F.2, Karras et al. 2022); without them, as with zeros, the image is as it was. 0 for
+            none, 9 of augment=edm.
         gradient_checkpointing: keep no activations inside the blocks and compute them again on the way back: less
             memory for a third more time, and the same gradients.
 
@@ -90,6 +93,7 @@ class UNet(nn.Module):
         endpoint: bool = True,
         time_scale: float = 1.0,
         gradient_checkpointing: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         _check_positive(base_channels=base_channels, num_res_blocks=num_res_blocks, num_heads=num_heads)
@@ -104,6 +108,8 @@ class UNet(nn.Module):
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         if not norm_eps > 0 or not skip_scale > 0:
             raise ValueError(f"norm_eps={norm_eps} and skip_scale={skip_scale} must be positive")
+        if augment_dim < 0:
+            raise ValueError(f"augment_dim={augment_dim} must not be negative; 9 is that of augment=edm, 0 is none")
         height, width = as_pair(image_size)
         check_divisible((height, width), patch_size * 2 ** (levels - 1), f"a U-Net of {levels} levels")
         attends = [height // patch_size // 2**level in attention_resolutions for level in range(levels)]
@@ -138,6 +144,8 @@ class UNet(nn.Module):
         self.early_labels = early_labels
         label_dim = base_channels if early_labels else time_dim
         self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, label_dim)
+        self.augment_dim = augment_dim
+        self.augment_embedding = nn.Linear(augment_dim, base_channels, bias=False) if augment_dim else None
         self.learned_variance = learned_variance
         self.self_conditioning = self_conditioning
         folded = channels * patch_size**2
@@ -174,14 +182,15 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         last = [m.conv2 for m in self.modules() if isinstance(m, ResidualBlock)]
         last += [m.proj for m in self.modules() if isinstance(m, Attention)]
         for conv in [*last, self.conv_out]:
             nn.init.zeros_(conv.weight)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        time = self._embed(t, y)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        time = self._embed(t, y, augment)
         x = self.conv_in(fold(x, self.patch_size))
         skips = [x]
         for layer in self.down:
@@ -193,10 +202,12 @@ class UNet(nn.Module):
             x = self._call(layer, x, time, skips.pop()) if isinstance(layer, Stage) else self._call(layer, x, time)
         return unfold(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
-    def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def _embed(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding of times and labels, (B, time_dim), activated: every block starts with that."""
         sinusoids, *layers = self.time_embedding
         time = sinusoids(t)
+        if self.augment_embedding is not None and augment is not None:
+            time = time + self.augment_embedding(augment.to(time.dtype))
         if self.label_embedding is not None and self.early_labels:
             time = time + self.label_embedding(y, t.shape[0])
         for layer in layers:

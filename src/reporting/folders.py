@@ -100,7 +100,7 @@ def read_run(folder: Path, name: str) -> RunFolder:
 
 
 def _state(folder: Path, summary: dict[str, Any], steps: int, max_steps: int | None) -> tuple[State, str]:
-    from src.training.lock import is_locked
+    from src.lock import is_locked
 
     progress = f"after step {steps:,}" + (f" of {max_steps:,}" if max_steps else "")
     if is_locked(folder):

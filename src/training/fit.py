@@ -20,10 +20,12 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from src.build import build, locate
+from src.data.augmentation import NOTHING
 from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
 from src.launch import launched, rank
+from src.lock import Lock
 from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
 from src.randomness import another
@@ -33,7 +35,6 @@ from src.training.checkpoint import VALIDATION
 from src.training.ending import explained
 from src.training.guard import Diverged, Guard
 from src.training.init import initialize
-from src.training.lock import Lock
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
@@ -87,7 +88,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         return float(resume["callbacks"]["Checkpoint"]["best"])
     if launch is not None:
         share_cores(launch)
-    data = build(config["data"], "data")
+    augment = config.get("augment", NOTHING)  # which runs of older versions do not have
+    data = build(config["data"], "data", augment=build(augment, "augment"))
     training = _assemble(config, written, run_dir, settings, data, resume)
     if run is not None and resume is not None:
         check_architecture(training.net, net_state(resume["state_dict"]), run.checkpoint)

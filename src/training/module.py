@@ -55,6 +55,7 @@ class DiffusionModule(TrainingModule):
         self.offset_noise = offset_noise
         self.num_classes: int | None = getattr(net, "num_classes", None)
         self.self_conditioning: bool = getattr(net, "self_conditioning", False)
+        self.augment_dim: int = getattr(net, "augment_dim", 0)
         self.dropouts = [layer for layer in net.modules() if isinstance(layer, Dropout)]
 
     def on_fit_start(self) -> None:
@@ -67,10 +68,16 @@ class DiffusionModule(TrainingModule):
         return self.diffusion.q_sample(x0, t, noise)
 
     def p_losses(
-        self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None, self_condition: bool = True
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        y: Tensor | None = None,
+        self_condition: bool = True,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """See `GaussianDiffusion.p_losses`: the loss of each image, (B,)."""
-        return self.diffusion.p_losses(self.net, x0, t, noise, y, self_condition)
+        return self.diffusion.p_losses(self.net, x0, t, noise, y, self_condition, augment)
 
     def drop_labels(self, y: Tensor, u: Tensor) -> Tensor | None:
         """Each image's own label, or "none" where u < label_dropout (Algorithm 1, Ho & Salimans 2022).
@@ -123,7 +130,14 @@ class DiffusionModule(TrainingModule):
         give_keys(self.dropouts, scramble(numbers * GOLDEN ^ (mix(self.seed, 2, step) - 2**31)))
         t = self.diffusion.schedule.time(u)
         noise = self.draw_noise(step, rows, total, x0)
-        return self.p_losses(x0, t, noise, self.drop_labels(batch.label, label_u), self_condition), u
+        y = self.drop_labels(batch.label, label_u)
+        return self.p_losses(x0, t, noise, y, self_condition, self._augment(batch)), u
+
+    def _augment(self, batch: Batch) -> Tensor | None:
+        """What augmentation did, for a network that is told; zeros, for its gradient's sake, where there is none."""
+        if not self.augment_dim:
+            return None
+        return batch.augment if batch.augment.shape[1] else batch.x0.new_zeros(len(batch.x0), self.augment_dim)
 
     def draw_noise(self, step: int, rows: range, total: int, like: Tensor) -> Tensor:
         """Standard normal noise of those rows of a step's batch; with offset_noise, plus that much of one number an

@@ -16,6 +16,7 @@ FREE = (
     *("trainer.deterministic", "trainer.requeue_code", "callbacks.checkpoint", "callbacks.samples", "callbacks.guard"),
     *("logger", "sampler", "data.dir", "metric", "callbacks.ema.also", "callbacks.ema.snapshot_every_n_steps"),
     "model.gradient_checkpointing",
+    "data.workers",
 )
 SPLIT = ("data.batch_size", "trainer.accumulate_grad_batches")  # may change when their product stays
 UNCOMPARED = ("run", "resume", "overrides", "choices")

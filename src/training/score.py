@@ -72,7 +72,7 @@ class SampleScore(Callback):
             self.features.to(pl_module.device)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             with refusals("callbacks.score"):
-                self._reference = reference(self.features, data.train.images.cpu(), self.cache)
+                self._reference = reference(self.features, data.train.levels.cpu(), self.cache)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step

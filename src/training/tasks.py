@@ -85,6 +85,13 @@ class Diffusion:
                 f"model.num_classes={num_classes} is less than data.num_classes={data.num_classes}, and every label "
                 "needs its place; set model.num_classes='${data.num_classes}'"
             )
+        told, takes = data.augment.label_dim, getattr(net, "augment_dim", 0)
+        if told and takes != told:
+            raise UserError(
+                f"{type(data.augment).__name__} tells the network what it did to an image in {told} numbers, without "
+                f"which augmented images would be drawn too, and the network takes {takes}; choose a U-Net with "
+                f"model.augment_dim={told}, or augment=flip, dihedral or crop"
+            )
 
     def module(self, net: nn.Module, **shared: Any) -> TrainingModule:
         own = {name: self.config[name] for name in ("label_dropout", "offset_noise")}

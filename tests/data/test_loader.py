@@ -5,8 +5,8 @@ from itertools import islice
 import pytest
 import torch
 
+from src.data.images import ImageSet
 from src.data.loader import EvalLoader, TrainLoader, normalize
-from src.data.sources import ImageSet
 from src.pictures import to_uint8
 
 CPU = torch.device("cpu")

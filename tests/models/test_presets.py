@@ -24,8 +24,9 @@ def parameters(*overrides: str) -> int:
         (["model=unet_iddpm"], 52_546_438),
         # guided-diffusion has no "none" among its labels: 768 numbers less
         (["model=unet_adm", "data.image_size=64", "model.num_classes=1000"], 295_904_454 + 768),
-        # EDM counts the 9 x 128 weights of its augmentation labels too: 55,733,891
         (["model=unet_ddpmpp"], 55_733_891 - 9 * 128),
+        (["model=unet_edm"], 55_733_891),  # EDM's own count
+        (["experiment=cifar10_edm"], 55_733_891),
     ],
 )
 def test_unets_have_the_papers_parameters(overrides, expected):

@@ -118,21 +118,21 @@ def openai(w, x, t, y=None, *, base, mults, blocks, attend, heads, classes, scal
     return w.conv("out.2", F.silu(w.norm("out.0", h, 32, 1e-5)), out)
 
 
-def edm(w, x, noise, y=None, *, song, base, mults, blocks, attend, classes, augment=0):
+def edm(w, x, noise, y=None, *, song, base, mults, blocks, attend, classes, augment=None):
     """EDM's SongUNet as DDPM++, or its DhariwalUNet.
 
     Args:
         noise: (B,) ln(sigma) / 4.
         attend: resolutions with attention.
-        augment: numbers of augmentation labels, which are zero.
+        augment: (B, A) labels of the augmentation.
     """
     eps, scale, wide = (1e-6, math.sqrt(0.5), 1) if song else (1e-5, 1.0, 2)
     emb = sinusoids(noise, base, base // 2 - song, not song)
     one_hot = None if not classes else torch.eye(classes + 1)[:, :classes][y]
     if song and classes:
         emb = emb + w.linear("map_label", one_hot * math.sqrt(classes), base)
-    if augment:
-        emb = emb + w.linear("map_augment", torch.zeros(len(x), augment), base, bias=False)
+    if augment is not None:
+        emb = emb + w.linear("map_augment", augment, base, bias=False)
     emb = w.linear("map_layer1", F.silu(w.linear("map_layer0", emb, 4 * base)), 4 * base)
     if not song and classes:
         emb = emb + w.linear("map_label", one_hot, 4 * base, bias=False)

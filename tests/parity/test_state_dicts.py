@@ -60,7 +60,8 @@ def test_edms_networks_are_the_same_functions(song, classes, command, tmp_path):
     x, y = torch.randn(2, 3, 16, 16), torch.tensor([classes, 1]) if classes else None
     noise = torch.full((2,), sigma).log() / 4
     scale = (sigma**2 + 0.5**2) ** 0.5
-    F = edm(weights, x / scale, noise, y, **settings, augment=9 if song else 0)
+    told = torch.randn(2, 9) if song else None
+    F = edm(weights, x / scale, noise, y, **settings, augment=None if told is None else torch.zeros(2, 9))
     expected = 0.25 / scale**2 * x + sigma * 0.5 / scale * F
     save_file({f"model.{key}": v.contiguous() for key, v in weights.items()}, tmp_path / "model.safetensors")
     outcome = command("convert", f"source={tmp_path}/model.safetensors", f"out={tmp_path}/run")
@@ -71,6 +72,14 @@ def test_edms_networks_are_the_same_functions(song, classes, command, tmp_path):
         ours = denoise(x, Level(float(noise[0]), 1.0, sigma)).x0
     assert F.std() > 0.1
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    if told is not None:  # a network that is told what its augmentation did
+        augmented = edm(weights, x / scale, noise, y, **settings, augment=told)
+        assert (augmented - F).abs().max() > 0.01
+        net = run.load_net("ema")
+        assert net.augment_dim == 9
+        with torch.no_grad():
+            ours = net(x / scale, noise, *([] if y is None else [y]), augment=told)
+        torch.testing.assert_close(ours, augmented, rtol=0, atol=1e-4)
 
 
 def test_presets_are_the_networks_of_edm():

@@ -294,7 +294,7 @@ def test_how_a_run_ended_is_told(tmp_path):
 
 
 def test_a_run_that_goes_on_is_running(tmp_path):
-    from src.training.lock import Lock
+    from src.lock import Lock
 
     run = fabricate.run(tmp_path / "run", finished=False)
     lock = Lock(run)

@@ -1,8 +1,9 @@
-"""One process at a time trains in a run's folder."""
+"""One process at a time works in a folder."""
 
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 from src.errors import UserError
@@ -14,11 +15,16 @@ class Lock:
     The file <folder>/.lock names the holder; what locks is the kernel's lock on it (flock), so a file that is left
     behind after a kill -9 locks nobody out.
 
+    Args:
+        folder: exists.
+        doing: what its holder does, in words that go on after "<folder> is ".
+        wait: for its holder to let go, rather than to refuse.
+
     Raises:
         UserError: when another process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, doing: str = "being trained in", wait: bool = False) -> None:
         self.path = folder / ".lock"
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -27,8 +33,11 @@ class Lock:
             except OSError as error:
                 holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
                 os.close(self._file)
+                if wait:
+                    time.sleep(0.1)
+                    continue
                 raise UserError(
-                    f"{folder} is being trained in by {holder}; wait for it, stop it, or choose another folder"
+                    f"{folder} is {doing} by {holder}; wait for it, stop it, or choose another folder"
                 ) from error
             if self._is_there():
                 break
@@ -49,7 +58,7 @@ class Lock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process trains in the folder; looks only, and leaves no lock or file."""
+    """Whether a living process works in the folder; looks only, and leaves no lock or file."""
     try:
         file = os.open(folder / ".lock", os.O_RDONLY)
     except OSError:  # nobody does, or it cannot be known

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from src.errors import UserError
-from src.training.lock import Lock
+from src.lock import Lock
 
 
 def hold(folder, ready, release):
