@@ -5,7 +5,7 @@
   plain   one process: open each file with Pillow, decode it, np.asarray; nothing is kept
   two     the same loop in two processes, each for half of the files
 
-Memory is the largest that this process held, which has torch loaded, and those of the loop in two processes, which have not.
+Memory is the largest that this process held, which has torch loaded, and that of one of the two, which has not.
 """
 
 import shutil

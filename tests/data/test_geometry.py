@@ -17,6 +17,7 @@ from src.data.geometry import Box, DistortedError, Geometry, Size, lost, parse_s
         ((640, 640), (48, 64), Box(80, 0, 480, 640)),
         ((480, 480), (48, 64), Box(60, 0, 360, 480)),
         ((10, 33), (3, 7), Box(0, 5, 10, 23)),  # 23.33 wide
+        ((10, 33), (4, 7), Box(0, 7, 10, 18)),  # 17.5 wide
         ((1, 1), (64, 64), Box(0, 0, 1, 1)),
         ((1, 1000), (64, 1), Box(0, 499, 1, 1)),  # never nothing
     ],
