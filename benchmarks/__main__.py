@@ -15,7 +15,7 @@ from typing import Any
 
 from src.files import replacing
 
-NAMES = ("training", "sampling", "sampler_step", "loop_tax", "data_path", "startup")
+NAMES = ("training", "sampling", "sampler_step", "loop_tax", "data_path", "prepare", "shards", "mapped", "startup")
 PAGE, DATA = Path("docs/benchmarks.md"), Path("docs/benchmarks.json")
 
 

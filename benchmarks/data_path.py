@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
-from benchmarks.timing import arguments, interleave, spread, write_report
+from benchmarks.timing import arguments, interleave, rates, write_report
 from src.data.augmentation import flip
 from src.data.images import ImageSet
 from src.data.loader import TrainLoader, normalize
@@ -100,15 +100,7 @@ def main() -> None:
         "ours again / ours": rounds.control_ratios(),
     }
     where = f"{device}, batch {args.batch_size}, {torch.get_num_threads()} threads, PIL with {args.workers} workers"
-    rates = [(name, f"{rounds.median(name):,.0f}") for name in rounds.values]
-    tables = [
-        (where, ("", "images/s"), rates),
-        (
-            f"ratios of images/s in {args.rounds} rounds",
-            ("", "median (least to most)"),
-            [(name, spread(ratios)) for name, ratios in comparisons.items()],
-        ),
-    ]
+    tables = rates(where, rounds, comparisons)
     write_report(args, tables, device, images_per_second=rounds.values, ratios=comparisons)
 
 

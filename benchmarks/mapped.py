@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import arguments, print_table, write_json
+from benchmarks.timing import arguments, write_report
 from src.data.packed import FORMAT, IMAGES, LABELS, MANIFEST, NAMES
 
 SHAPE = (3, 64, 64)
@@ -59,8 +59,9 @@ def main() -> None:
             "drawing": watch([sys.executable, "-c", DRAW, str(store), str(int(args.read * count / 128))]),
         }
     rows = [[n, *(f"{f[k]:,.2f}" for k in ("resident", "own", "seconds"))] for n, f in found.items()]
-    print_table(["", "resident, GiB", "of it its own", "seconds"], rows)
-    write_json(args, images=count, peaks=found)
+    caption = f"a store of {args.gigabytes} GB, {count:,} images of 64x64"
+    tables = [(caption, ["", "resident, GiB", "of it its own", "seconds"], rows)]
+    write_report(args, tables, images=count, peaks=found)
 
 
 def sparse(folder: Path, nbytes: float) -> int:

@@ -22,7 +22,7 @@ from PIL import Image
 
 def main() -> None:
     # here, so that the processes that decode, which import this file, do so without torch
-    from benchmarks.timing import arguments, interleave, print_table, spread, write_json
+    from benchmarks.timing import arguments, interleave, rates, write_report
     from src.data.catalogues.folder import Folder
     from src.data.geometry import Geometry
     from src.data.packing import pack
@@ -66,11 +66,10 @@ def main() -> None:
         "ours / two": rounds.ratios("ours", "two"),
         "ours again / ours": rounds.control_ratios(),
     }
-    print(f"\n{args.images:,} JPEGs of {args.side}x{args.side}, {args.processes} processes")
-    print_table(("", "images/s"), [(name, f"{rounds.median(name):,.0f}") for name in rounds.values])
-    print_table(("", "median (least to most)"), [(name, spread(ratios)) for name, ratios in comparisons.items()])
-    print_table(("largest memory", "GiB"), [(name, f"{gib:.2f}") for name, gib in memory.items()])
-    write_json(args, images_per_second=rounds.values, ratios=comparisons, memory_gib=memory)
+    caption = f"{args.images:,} JPEGs of {args.side}x{args.side}, {args.processes} processes"
+    most = ("largest memory", ("", "GiB"), [(name, f"{gib:.2f}") for name, gib in memory.items()])
+    tables = [*rates(caption, rounds, comparisons), most]
+    write_report(args, tables, images_per_second=rounds.values, ratios=comparisons, memory_gib=memory)
 
 
 def peak(_: int = 0) -> float:

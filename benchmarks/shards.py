@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from benchmarks.timing import arguments, interleave, print_table, spread, write_json
+from benchmarks.timing import arguments, interleave, rates, write_report
 from src.data.shards import samples
 from src.data.webdataset import WebDataModule
 from tests.data.test_webdataset import write
@@ -54,10 +54,8 @@ def main() -> None:
         rounds = interleave({name: lambda name=name: turn(name) for name in streams}, "samples", args.rounds)
     comparisons = {f"ours / {name}": rounds.ratios("ours", name) for name in ("samples", "bytes")}
     comparisons["samples again / samples"] = rounds.control_ratios()
-    print(f"\n{args.size}x{args.size} JPEGs of {each:,.0f} bytes, batch {args.batch_size}, {args.workers} workers")
-    print_table(("", "images/s"), [(name, f"{rounds.median(name):,.0f}") for name in rounds.values])
-    print_table(("", "median (least to most)"), [(name, spread(ratios)) for name, ratios in comparisons.items()])
-    write_json(args, torch.device("cpu"), images_per_second=rounds.values, ratios=comparisons)
+    caption = f"{args.size}x{args.size} JPEGs of {each:,.0f} bytes, batch {args.batch_size}, {args.workers} workers"
+    write_report(args, rates(caption, rounds, comparisons), images_per_second=rounds.values, ratios=comparisons)
 
 
 def make(folder: Path, args: SimpleNamespace) -> list[str]:

@@ -115,6 +115,18 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a caption, the head of its columns, and rows
 
 
+def rates(caption: str, rounds: Rounds, comparisons: Mapping[str, Sequence[float]]) -> list[Table]:
+    """Tables of images a second, and of ratios of them within rounds."""
+    return [
+        (caption, ("", "images/s"), [(name, f"{rounds.median(name):,.0f}") for name in rounds.values]),
+        (
+            f"ratios of images/s in {len(rounds.values[rounds.control])} rounds",
+            ("", "median (least to most)"),
+            [(name, spread(ratios)) for name, ratios in comparisons.items()],
+        ),
+    ]
+
+
 def write_report(
     args: argparse.Namespace, tables: Sequence[Table], device: torch.device | str = "cpu", **results: Any
 ) -> None:

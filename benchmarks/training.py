@@ -128,7 +128,7 @@ class RandomImages:
         self.shape = shape
 
     def load(self, dir: Path) -> Any:
-        from src.data.sources import ImageSet
+        from src.data.images import ImageSet
 
         images = torch.randint(0, 256, (IMAGES, *self.shape), dtype=torch.uint8)
         return ImageSet(images, torch.zeros(IMAGES, dtype=torch.int64)), None
