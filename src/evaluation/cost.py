@@ -40,7 +40,7 @@ def cost(node: dict[str, Any], image_shape: tuple[int, int, int], batch_size: in
         net: nn.Module = build(node, "model")
         parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net.eval()(*_inputs(net, image_shape, 1))
+            net.eval()(*inputs(net, image_shape, 1))
         return Cost(parameters, int(counter.get_total_flops()), _kept(net.train(), image_shape, batch_size))
 
 
@@ -55,13 +55,14 @@ def _kept(net: nn.Module, image_shape: tuple[int, int, int], batch_size: int) ->
         return v
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
-        out = net(*_inputs(net, image_shape, batch_size))
+        out = net(*inputs(net, image_shape, batch_size))
     weights = {v.untyped_storage()._cdata for v in (*net.parameters(), *net.buffers())}
     del out
     return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
 
 
-def _inputs(net: nn.Module, image_shape: tuple[int, int, int], rows: int) -> tuple[Tensor, ...]:
+def inputs(net: nn.Module, image_shape: tuple[int, int, int], rows: int) -> tuple[Tensor, ...]:
+    """What a network takes: images, times and, of one with labels, labels; zeros all."""
     channels, height, width = image_shape
     x = torch.zeros(rows, channels * (1 + getattr(net, "self_conditioning", False)), height, width)
     labels = () if getattr(net, "num_classes", None) is None else (torch.zeros(rows, dtype=torch.int64),)

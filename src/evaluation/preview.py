@@ -35,9 +35,11 @@ from src.diffusion.oracle import Mixture
 from src.diffusion.schedules import BetaRange, DiscreteSchedule
 from src.errors import UserError
 from src.evaluation.cost import Cost, cost
+from src.evaluation.pace import pace
 from src.files import replacing
 from src.pictures import to_uint8
 from src.randomness import generator, mix
+from src.reporting.text import duration
 from src.runs import image_shape, refuse_classifier
 
 COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
@@ -192,6 +194,7 @@ def look(config: dict[str, Any], out: Path) -> None:
     network = config["model"] if config["model"].get("_target_") != ORACLE else None  # which costs what the data is
     batch, shape = config["data"].get("batch_size"), image_shape(config)
     price = None if network is None else cost(network, shape, batch or 1)
+    trainer = build(config["trainer"], "trainer")
     parts = [build(config[part], part) for part in PARTS]
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
@@ -243,6 +246,9 @@ def look(config: dict[str, Any], out: Path) -> None:
         print(sentence["sentence"])
     if network is not None and price is not None:
         print(_priced(str(network["_target_"]).rpartition(".")[2], price, batch))
+        rate = pace(network, shape, batch, trainer)
+        if rate is not None:
+            print(_paced(rate, batch * trainer.accumulate_grad_batches, trainer))
     for name in ("preview.png", "data.png", "preview.json"):
         print(f"  {out / name}")
 
@@ -252,6 +258,14 @@ def _priced(name: str, price: Cost, batch: int) -> str:
     return (
         f"Network: {name}, {price.parameters:,} parameters, {price.flops_per_image / 1e9:.3g} GFLOPs an image; a "
         f"training step of {batch} images keeps {price.activation_bytes / 2**30:.3g} GiB of activations in float32."
+    )
+
+
+def _paced(rate: float, batch: int, trainer: Any) -> str:
+    """How long training would take, in a sentence."""
+    return (
+        f"At the {rate:,.3g} images/s that one device ({trainer.device_type}, {trainer.chosen_precision}) has just made,"
+        f" {trainer.max_steps:,} steps of {batch} images take {duration(trainer.max_steps * batch / rate)}."
     )
 
 

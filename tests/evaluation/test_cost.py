@@ -1,5 +1,7 @@
 """What networks are said to cost, against the same networks with memory, and against papers."""
 
+import re
+
 import pytest
 import torch
 
@@ -49,6 +51,8 @@ def test_preview_says_what_the_network_costs(command, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "Network: UNet, 34,423,297 parameters, " in outcome.out
     assert "a training step of 128 images keeps " in outcome.out
+    said = re.search(r"At the ([\d.,e+]+) images/s .* has just made, 1,000 steps of 128 images take (\d+)", outcome.out)
+    assert float(said[1].replace(",", "")) > 0
     outcome = command("preview", "model=unet_ho", "model.num_heads=3", f"out={tmp_path}/refused")
     assert (outcome.code, outcome.out) == (2, "")
     assert "num_heads=3 does not divide" in outcome.err
