@@ -263,9 +263,10 @@ def _priced(name: str, price: Cost, batch: int) -> str:
 
 def _paced(rate: float, batch: int, trainer: Any) -> str:
     """How long training would take, in a sentence."""
+    device = f"{trainer.device_type}, {trainer.chosen_precision}"
     return (
-        f"At the {rate:,.3g} images/s that one device ({trainer.device_type}, {trainer.chosen_precision}) has just made,"
-        f" {trainer.max_steps:,} steps of {batch} images take {duration(trainer.max_steps * batch / rate)}."
+        f"At the {rate:,.3g} images/s that one device ({device}) has just made, {trainer.max_steps:,} steps of "
+        f"{batch} images take {duration(trainer.max_steps * batch / rate)}."
     )
 
 
