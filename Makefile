@@ -18,7 +18,7 @@ sample: $(STAMP) ## draw samples (ARGS="run=outputs/...")
 	@$(BIN)/python -m src.sample $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal $(ARGS)
 
 lint: $(STAMP) types ## check format, lint and types
 	@$(BIN)/ruff format --check .
