@@ -4,22 +4,24 @@
   samples  every file of the tar files, read one after another in one process and thrown away
   bytes    the tar files as files, in blocks of a megabyte
 
-JPEGs of random smooth pictures, a .cls beside each, from the system's cache: a disk or a network is slower than that,
-and what is compared here is the most that ours can cost.
+Random smooth pictures, a .cls beside each, as JPEGs and as .npy, which need no decoding, from the system's cache: a
+disk or a network is slower than that, and what is compared here is the most that ours can cost.
 """
 
 import io
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.timing import arguments, interleave, rates, write_report
+from benchmarks.timing import Rounds, arguments, interleave, rates, write_report
 from src.data.shards import samples
 from src.data.webdataset import WebDataModule
 from tests.data.test_webdataset import write
@@ -35,8 +37,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="a turn")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    tables, results = [], {}
+    for suffix in ("jpg", "npy"):
+        rounds, caption = measure(suffix, args)
+        comparisons = {f"ours / {name}": rounds.ratios("ours", name) for name in ("samples", "bytes")}
+        comparisons["samples again / samples"] = rounds.control_ratios()
+        tables += rates(caption, rounds, comparisons)
+        results[suffix] = {"images_per_second": rounds.values, "ratios": comparisons}
+    write_report(args, tables, results=results)
+
+
+def measure(suffix: str, args: Namespace) -> tuple[Rounds, str]:
+    """Images a second, and what they were."""
     with tempfile.TemporaryDirectory() as folder:
-        shards = make(Path(folder), args)
+        shards = make(Path(folder), suffix, args)
         each = sum(Path(shard).stat().st_size for shard in shards) / (args.shards * args.images)
         streams = {"ours": ours(folder, args), "samples": read(shards), "bytes": raw(shards, each)}
 
@@ -52,26 +66,28 @@ def main() -> None:
             return seen / (time.perf_counter() - started)
 
         rounds = interleave({name: lambda name=name: turn(name) for name in streams}, "samples", args.rounds)
-    comparisons = {f"ours / {name}": rounds.ratios("ours", name) for name in ("samples", "bytes")}
-    comparisons["samples again / samples"] = rounds.control_ratios()
-    caption = f"{args.size}x{args.size} JPEGs of {each:,.0f} bytes, batch {args.batch_size}, {args.workers} workers"
-    write_report(args, rates(caption, rounds, comparisons), images_per_second=rounds.values, ratios=comparisons)
+    files = f"{args.size}x{args.size} .{suffix} files of {each:,.0f} bytes"
+    return rounds, f"{files}, batch {args.batch_size}, {args.workers} workers"
 
 
-def make(folder: Path, args: SimpleNamespace) -> list[str]:
+def make(folder: Path, suffix: str, args: Namespace) -> list[str]:
     for i in range(args.shards):
         coarse = torch.randint(0, 256, (args.images, 8, 8, 3), dtype=torch.uint8)
         files = {}
         for j, pixels in enumerate(coarse):
             file = io.BytesIO()
-            Image.fromarray(pixels.numpy()).resize((args.size, args.size), Image.Resampling.BICUBIC).save(file, "JPEG")
-            files |= {f"{i}_{j}.jpg": file.getvalue(), f"{i}_{j}.cls": b"0"}
+            image = Image.fromarray(pixels.numpy()).resize((args.size, args.size), Image.Resampling.BICUBIC)
+            if suffix == "jpg":
+                image.save(file, "JPEG")
+            else:
+                np.save(file, np.asarray(image))
+            files |= {f"{i}_{j}.{suffix}": file.getvalue(), f"{i}_{j}.cls": b"0"}
         write(folder / f"{i:03d}.tar", files)
     write(folder / "val.tar", dict(list(files.items())[:200]))
     return [str(folder / f"{i:03d}.tar") for i in range(args.shards)]
 
 
-def ours(folder: str, args: SimpleNamespace) -> Iterator[int]:
+def ours(folder: str, args: Namespace) -> Iterator[int]:
     sizes = {"channels": 3, "image_size": args.size, "num_classes": 10, "batch_size": args.batch_size}
     names = {"shards": f"{{000..{args.shards - 1:03d}}}.tar", "val_shards": "val.tar", "dir": folder}
     data = WebDataModule(**names, **sizes, flip=True, val_images=100, workers=args.workers)
