@@ -2,17 +2,37 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from src.data.catalogue import Catalogue
-from src.data.decoding import SUFFIXES, FloatRange
+from src.data.decoding import SUFFIXES, FloatRange, check_float_range
 from src.data.labels import Find, labels_of_files
 from src.errors import UserError
 
 Make = Callable[[Sequence[str], NDArray[np.int64], Sequence[str]], Catalogue]
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """What sources of image files take.
+
+    Args:
+        float_range: what the values of .npy and TIFF files of floats span; mapped to [-1, 1].
+        val_folder: a top-level folder whose images validate. Those of the folder `train` train, or all others where
+            there is none, and classes are the folders one level below. None: images are held out of all.
+        gaps: whether labels may skip numbers, as those of a part of a larger set do.
+    """
+
+    float_range: tuple[float, float] = (-1.0, 1.0)
+    val_folder: str | None = None
+    gaps: bool = False
+
+    def __post_init__(self) -> None:
+        check_float_range(self.float_range)
 
 
 def is_image(name: str) -> bool:
@@ -38,11 +58,11 @@ def catalogues(
     Args:
         names: of all images, paths with slashes.
         labels: see `labels_of_files`; of both together, so that a class may be missing in one.
-        val_folder: see `src.data.sources.Folder`.
+        val_folder: see `FileSource`.
         where: the place, for messages.
         find: see `labels_of_files`.
         make: a catalogue of names, labels and classes.
-        gaps: see `src.data.sources.Folder`.
+        gaps: see `FileSource`.
 
     Raises:
         UserError: when there are no images, or the labels do not fit.

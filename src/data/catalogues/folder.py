@@ -9,28 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.catalogue import BrokenImageError, Catalogue
-from src.data.catalogues.common import catalogues, digest, is_hidden, is_image
-from src.data.decoding import Array, FloatRange, check_float_range, decode
+from src.data.catalogues.common import FileSource, catalogues, digest, is_hidden, is_image
+from src.data.decoding import Array, FloatRange, decode
 from src.errors import UserError
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder of images, nested or not; what begins with a dot is not seen.
-
-    Args:
-        float_range: what the values of .npy and TIFF files of floats span; mapped to [-1, 1].
-        val_folder: a top-level folder whose images validate. Those of the folder `train` train, or all others where
-            there is none, and classes are the folders one level below. None: images are held out of all.
-        gaps: whether labels may skip numbers, as those of a part of a larger set do.
-    """
-
-    float_range: tuple[float, float] = (-1.0, 1.0)
-    val_folder: str | None = None
-    gaps: bool = False
-
-    def __post_init__(self) -> None:
-        check_float_range(self.float_range)
+class Folder(FileSource):
+    """A folder of images, nested or not; what begins with a dot is not seen."""
 
     def catalogues(self, dir: Path, labels: str | None = None) -> tuple[Catalogue, Catalogue | None]:
         """The images to train on, and those to validate on where `val_folder` names them.

@@ -28,7 +28,7 @@ class Npz:
     """One .npz: arr_0 holds the images, (N, H, W, C) or (N, H, W); arr_1, where there is one, their classes, (N,).
 
     Args:
-        float_range, gaps: see `src.data.catalogues.folder.Folder`.
+        float_range, gaps: see `src.data.catalogues.common.FileSource`.
     """
 
     float_range: tuple[float, float] = (-1.0, 1.0)

@@ -31,7 +31,7 @@ class Parquet:
     Args:
         image: the column of images; None finds it.
         shape: (height, width, channels) of images that are flat lists of numbers.
-        float_range, gaps: see `src.data.catalogues.folder.Folder`.
+        float_range, gaps: see `src.data.catalogues.common.FileSource`.
     """
 
     image: str | None = None

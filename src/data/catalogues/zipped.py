@@ -12,28 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.catalogue import BrokenImageError, Catalogue
-from src.data.catalogues.common import catalogues, digest, is_hidden, is_image
-from src.data.decoding import Array, FloatRange, check_float_range, decode
+from src.data.catalogues.common import FileSource, catalogues, digest, is_hidden, is_image
+from src.data.decoding import Array, FloatRange, decode
 from src.errors import UserError
 
 MAX_BYTES = 2**31  # of one image's file
 
 
 @dataclass(frozen=True)
-class Zip:
-    """One zip of images; dataset.json in it gives their labels, as EDM's dataset tool writes it.
-
-    Args:
-        float_range, val_folder: see `Folder`.
-        gaps: whether labels may skip numbers, as those of a part of a larger set do.
-    """
-
-    float_range: tuple[float, float] = (-1.0, 1.0)
-    val_folder: str | None = None
-    gaps: bool = False
-
-    def __post_init__(self) -> None:
-        check_float_range(self.float_range)
+class Zip(FileSource):
+    """One zip of images; dataset.json in it gives their labels, as EDM's dataset tool writes it."""
 
     def catalogues(self, dir: Path, labels: str | None = None) -> tuple[Catalogue, Catalogue | None]:
         """The images to train on, and those to validate on where `val_folder` names them.
