@@ -154,7 +154,7 @@ def _picture(data: bytes, name: str, float_range: FloatRange) -> Array:
     except Exception as error:  # damage reaches the user as whatever Pillow's parsers happen to raise
         kind = _one_line(error)
         if "truncated" in kind.lower():
-            raise BrokenImageError(name, "is cut short; its end is missing") from error
+            raise BrokenImageError(name, "is cut short: its end is missing") from error
         raise BrokenImageError(name, f"is damaged ({kind})") from error
 
 

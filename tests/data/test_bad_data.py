@@ -24,7 +24,7 @@ PHOTO = encoded(pixels(40, 40), "JPEG")
 NAN = npy(np.full((8, 8), np.nan))
 FILES = {  # in folders; what is said of them
     "empty folder": ({}, "set holds no images: no file in it ends in .png"),
-    "truncated JPEG": ({**GOOD, "x.jpg": PHOTO[:500]}, "x.jpg is cut short; its end is missing"),
+    "truncated JPEG": ({**GOOD, "x.jpg": PHOTO[:500]}, "x.jpg is cut short: its end is missing"),
     "zero bytes": ({**GOOD, "x.png": b""}, "x.png is empty (0 bytes)"),
     "text": ({**GOOD, "x.png": b"Not found"}, "x.png is text, not an image; it begins 'Not found'"),
     "bomb": ({**GOOD, "x.png": png(60000, 60000, 8, 2, b"")}, "x.png claims 3,600,000,000 pixels"),
