@@ -25,14 +25,19 @@ def main() -> None:
         "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
     )
     args = parser.parse_args()
-    began = time.perf_counter()
+    began, failed = time.perf_counter(), []
     for i, name in enumerate(args.only, 1):
         print(f"[{i} of {len(args.only)}] {name}, after {(time.perf_counter() - began) / 60:.0f} minutes", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "result.json")
-            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)], check=True)
-            keep(name, json.loads(path.read_text()))
+            code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]).returncode
+            if code == 0:
+                keep(name, json.loads(path.read_text()))
+            else:
+                failed.append(name)
     print(f"written: {PAGE} and {DATA}, in {(time.perf_counter() - began) / 60:.0f} minutes")
+    if failed:
+        sys.exit(f"failed, and not written: {', '.join(failed)}")
 
 
 def keep(name: str, result: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def main() -> None:
     diffusion = build_diffusion(config)
 
     def loss_of(net: nn.Module, x0: Tensor) -> Tensor:
-        t = diffusion.draw_t(len(x0), x0.device)
+        t = diffusion.schedule.time(diffusion.draw_u(len(x0), x0.device))
         return diffusion.p_losses(net, x0, t, torch.randn_like(x0)).mean()
 
     loader = DataLoader(

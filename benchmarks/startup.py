@@ -29,7 +29,7 @@ FIRST = "first step"
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--sweep-rounds", type=int, default=3)
+    parser.add_argument("--sweep-rounds", type=int, default=2)
     parser.add_argument("--script", type=int, nargs=2, metavar=("STEPS", "SEED"), help="be diffusers' script")
     args = parser.parse_args()
     if args.script:
