@@ -43,6 +43,7 @@ def main() -> None:
 def keep(name: str, result: dict[str, Any]) -> None:
     """Puts a benchmark's result in the place of its last one."""
     everything = json.loads(DATA.read_text()) if DATA.is_file() else {}
+    result["command"] = f"python -m benchmarks.{name}"
     with replacing(DATA) as temporary:
         temporary.write_text(json.dumps({**everything, name: result}, indent=1) + "\n")
     page = PAGE.read_text()
