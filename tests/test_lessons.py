@@ -184,12 +184,21 @@ def test_t_is_told_by_the_noise_and_the_better_the_more_pixels_there_are():
 def small(monkeypatch, tmp_path):
     """Lessons in seconds: a tiny network, few samples."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(facts, "CANDIDATES", 20)
+    monkeypatch.setattr(facts, "IMAGES", 4)
     monkeypatch.setattr(run, "SAMPLES", 66)
     monkeypatch.setattr(run, "STEPS", (2, 3))
     monkeypatch.setattr(run, "LONG", ("ddpm", 4))
     monkeypatch.setattr(run, "SHOWN_STEPS", (3,))
     network = ["model.hidden_dims=8", "model.time_emb_dim=8", "sampler.steps=2", "callbacks.samples.num_samples=4"]
-    return [*network, "callbacks.samples.sampler.steps=2", "trainer.max_steps=2", "hydra/launcher=basic"]
+    return [
+        *network,
+        "callbacks.samples.sampler.steps=2",
+        "callbacks.score.num_samples=65",
+        "callbacks.score.sampler.steps=2",
+        "trainer.max_steps=2",
+        "hydra/launcher=basic",
+    ]
 
 
 def test_a_lesson_from_its_experiment_to_its_page(small, monkeypatch, tmp_path, capfd):

@@ -89,7 +89,10 @@ def jobs(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/config.yaml"))
 
 
-TINY = ("model.hidden_dims=8", "model.time_emb_dim=8", "trainer.max_steps=1", "hydra/launcher=basic", "seed=0")
+TINY = (
+    *("model.hidden_dims=8", "model.time_emb_dim=8", "trainer.max_steps=1", "hydra/launcher=basic", "seed=0"),
+    *("callbacks.score.num_samples=65", "callbacks.score.sampler.steps=2"),
+)
 
 
 def test_an_experiment_that_is_a_sweep_runs_with_and_without_the_flag(command, tmp_path):
