@@ -44,7 +44,7 @@ def main() -> None:
         rows = []
         for name in result.rounds.values:
             seconds = result.rounds.median(name) * evaluations(sampler, steps) / evaluations(sampler, few)
-            known = name if name in result.facts else result.rounds.control
+            known = result.contender(name)
             ratio = (
                 "" if known == result.rounds.control == name else spread(result.rounds.ratios(name, "ours, bf16-mixed"))
             )

@@ -87,7 +87,7 @@ def table(result: Any, batch: int) -> tuple[list[str], list[list[str]]]:
     for name in result.rounds.values:
         images = batch / result.rounds.median(name)
         ratio = "" if name == "ours" else spread(result.rounds.ratios(name, "ours"))
-        known = name if name in result.facts else result.rounds.control
+        known = result.contender(name)
         warm = f"{result.facts[known]['warmup_seconds']:.0f}"
         rows.append([name, f"{images:.2f}", ratio, f"{result.peak_bytes[known] / GIB:.2f}", warm])
     return ["", "images/s", "ours is faster by", "peak GiB", "warm-up s"], rows

@@ -122,6 +122,10 @@ class Race:
     facts: Mapping[str, Mapping[str, Any]]
     peak_bytes: Mapping[str, int]
 
+    def contender(self, entry: str) -> str:
+        """Who ran under this name, which is another's where it was entered twice."""
+        return entry if entry in self.facts else self.rounds.control
+
 
 def race(
     contenders: Mapping[str, Contender],
