@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME or ~/.cache, diffusion-lab/<name> in it: what can be made again at any time."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "diffusion-lab" / name
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, which takes the place of `path` when the block ends well, or vanishes."""

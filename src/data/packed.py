@@ -14,7 +14,6 @@ needed.
 
 import json
 import mmap
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -242,9 +241,3 @@ class Packed:
         """The store in the folder `dir`, and that of its images to validate on, where it has some."""
         val = dir / VAL
         return Store(dir, self.verify), Store(val, self.verify) if val.exists() else None
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME or ~/.cache, diffusion-lab/data in it: where data that was not packed by `src.prepare` is."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "diffusion-lab" / "data"

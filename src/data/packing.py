@@ -31,13 +31,12 @@ from src.data.packed import (
     VAL,
     Manifest,
     Store,
-    cache_folder,
     read_manifest,
 )
 from src.data.preparing import Chunk, Preparation, read
 from src.data.workers import in_order
 from src.errors import UserError
-from src.files import remove_temporaries, replacing, shown
+from src.files import cache_folder, remove_temporaries, replacing, shown
 from src.lock import Lock
 
 PROGRESS = "progress.json"
@@ -166,7 +165,7 @@ def packed_once(catalogue: Catalogue, geometry: Geometry, channels: int, max_bro
         UserError: see `pack`.
     """
     key = json.dumps(identity(catalogue, geometry, channels), sort_keys=True)
-    folder = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder = cache_folder("data") / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not (folder / MANIFEST).exists():
         _say(f"packing {len(catalogue.names):,} images of {catalogue.where}, once, into {folder}")
     manifest = pack(catalogue, geometry, folder, channels, max_broken, wait=True)
@@ -402,7 +401,7 @@ def _disk_in_words(out: Path) -> Iterator[None]:
                 "goes on from there"
             ) from error
         cache = f" the cache is $XDG_CACHE_HOME/{out.parent.parent.name}/{out.parent.name}" * (
-            out.parent == cache_folder()
+            out.parent == cache_folder("data")
         )
         raise UserError(f"{shown(out)} cannot be written to ({error});{cache or ' choose another folder'}") from error
 

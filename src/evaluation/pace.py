@@ -23,11 +23,13 @@ def pace(node: dict[str, Any], image_shape: tuple[int, int, int], batch_size: in
     Args:
         node: of conf/model.
         image_shape: (C, H, W).
-        settings: what conf/trainer makes; its device and precision count.
+        settings: what conf/trainer makes; its device, precision and memory format count.
     """
     device, bf16 = torch.device(settings.device_type), settings.chosen_precision.startswith("bf16")
     with torch.random.fork_rng([]):
         net: nn.Module = build(node, "model").to(device)
+    if settings.chosen_channels_last:
+        net.to(memory_format=torch.channels_last)
     if sum(p.numel() for p in net.parameters()) > LARGEST:
         return None
     rows = 1

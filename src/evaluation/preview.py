@@ -263,7 +263,7 @@ def _priced(name: str, price: Cost, batch: int) -> str:
 
 def _paced(rate: float, batch: int, trainer: Any) -> str:
     """How long training would take, in a sentence."""
-    device = f"{trainer.device_type}, {trainer.chosen_precision}"
+    device = f"{trainer.device_type}, {trainer.chosen}"
     return (
         f"At the {rate:,.3g} images/s that one device ({device}) has just made, {trainer.max_steps:,} steps of "
         f"{batch} images take {duration(trainer.max_steps * batch / rate)}."

@@ -6,7 +6,6 @@ only when its checksums are right and its stamp is the one that is asked for.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from src.errors import reason
 from src.evaluation.extraction import GROUP, joined, stream
 from src.evaluation.features import Extracted, Features
 from src.evaluation.frechet import Moments, distance, merged, moments
-from src.files import check_sums, save
+from src.files import cache_folder, check_sums, save
 from src.randomness import generator, mix
 from src.threads import Tick, untold
 
@@ -62,7 +61,7 @@ def reference(features: Features, images: Tensor, cache: Path | None = None, upd
 
     Args:
         images: (N, C, H, W) uint8, as they are: not augmented.
-        cache: a folder; None for `default_cache()`.
+        cache: a folder; None for `cache_folder("reference")`.
         update: is told how many images are done, when they have to be.
 
     Raises:
@@ -80,7 +79,7 @@ def reference(features: Features, images: Tensor, cache: Path | None = None, upd
         "kept": min(KEPT, len(images)),
         "format": FORMAT,
     }
-    folder = default_cache() if cache is None else cache
+    folder = cache_folder("reference") if cache is None else cache
     path = folder / f"{features.name}-{hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:32]}.pt"
     found = _read(path, stamp) if path.exists() else None
     if found is not None:
@@ -92,12 +91,6 @@ def reference(features: Features, images: Tensor, cache: Path | None = None, upd
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of some
         print(f"note: the reference could not be kept in {folder} ({reason(error)}); it goes on without", flush=True)
     return made
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME or ~/.cache, diffusion-lab/reference in it."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home) / "diffusion-lab/reference" if home else Path.home() / ".cache/diffusion-lab/reference"
 
 
 def images_digest(images: Tensor) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from src.models.attention import Attention
 from src.models.dropout import Dropout
+from src.models.norm import GroupNorm
 
-Norm = Callable[[int], nn.Module]  # the normalisation of so many channels
+Norm = Callable[[int], GroupNorm]  # the normalisation of so many channels
 
 
 class ResidualBlock(nn.Module):
@@ -53,17 +54,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`time` is (B, time_dim), activated already."""
-        h = F.silu(self.norm1(x))
+        h = self.norm1(x, silu=True)
         if self.resample is not None:
             h, x = self._resampled(h), self._resampled(x)
         h = self.conv1(h)
         time = self.time(time)[:, :, None, None]
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h + time, silu=True)
+        h = self.conv2(self.dropout(h))
         x = self.shortcut(x) + h
         return x if self.skip_scale == 1 else x * self.skip_scale
 

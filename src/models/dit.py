@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from src.models.attention import attend
 from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding
 from src.models.patches import is_channels_last
 from src.shapes import as_pair
@@ -51,7 +52,7 @@ class Block(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
 class DiT(nn.Module):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.patches import is_channels_last
 from src.randomness import GOLDEN, scramble
 
 LEVELS = 2**16  # masks are drawn from 16 bits an element, so p is rounded to a multiple of 1.5e-5
@@ -13,7 +14,8 @@ class Dropout(nn.Dropout):
     """nn.Dropout, with masks that are pure functions of a key for each row.
 
     torch's masks come from one stream for the whole batch: split over two processes, the same images get other masks.
-    Here element e of row i is dropped when 16 bits of a hash of (key_i, e) are below 2^16 p. Without keys it is nn's.
+    Here element e of row i, counted as the row lies in memory, is dropped when 16 bits of a hash of (key_i, e) are
+    below 2^16 p. Without keys it is nn's.
 
     Attributes:
         keys: (B,) int32, one a row of the next batches, different in each layer; None for torch's own generator.
@@ -29,7 +31,10 @@ class Dropout(nn.Dropout):
         bits = scramble(pairs * GOLDEN + self.keys[:, None]).view(torch.int16)  # (B, elements), two of each hash
         dropped = round(self.p * LEVELS)
         kept = bits[:, : x[0].numel()] >= dropped - LEVELS // 2
-        return x * (kept.view(x.shape) * (LEVELS / (LEVELS - dropped))).to(x.dtype)
+        if x.ndim == 4 and is_channels_last(x):
+            B, C, H, W = x.shape
+            kept = kept.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x * (kept.reshape(x.shape) * (LEVELS / (LEVELS - dropped))).to(x.dtype)
 
 
 def give_keys(layers: list[Dropout], rows: Tensor) -> None:

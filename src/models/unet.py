@@ -200,7 +200,7 @@ class UNet(nn.Module):
             x = self._call(layer, x, time)
         for layer in self.up:
             x = self._call(layer, x, time, skips.pop()) if isinstance(layer, Stage) else self._call(layer, x, time)
-        return unfold(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        return unfold(self.conv_out(self.norm_out(x, silu=True)), self.patch_size)
 
     def _embed(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding of times and labels, (B, time_dim), activated: every block starts with that."""

@@ -103,7 +103,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             for logger in loggers:
                 log_config(logger, written)
             parameters = sum(p.numel() for p in training.net.parameters())
-            devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen_precision}"
+            devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen}"
             say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
             for line in training.task.notes():
                 say(line)

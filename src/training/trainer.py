@@ -20,6 +20,7 @@ from torch import nn
 
 from src.errors import UserError
 from src.launch import launched, meeting_point
+from src.models.norm import faster_channels_last
 from src.training.masters import MasterWeights
 from src.training.sharding import Sharded, blocks
 from src.training.units import Steps
@@ -51,7 +52,7 @@ class TrainerSettings:
     val_every_n_steps: Steps = 1000
     log_every_n_steps: Steps = 50
     compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | Literal["auto"] = "auto"
     deterministic: bool = False
     requeue_code: int | None = None
 
@@ -102,7 +103,7 @@ class TrainerSettings:
             )
         if self.precision in ("bf16-true", "16-mixed"):
             raise ValueError(f"precision={self.precision} does not work with strategy=fsdp; use bf16-mixed")
-        if self.channels_last:
+        if self.channels_last is True:
             raise ValueError("channels_last=true does not work with strategy=fsdp; use channels_last=false")
 
     @property
@@ -162,6 +163,19 @@ class TrainerSettings:
         return "bf16-mixed" if self._has_bf16 else "32-true"
 
     @property
+    def chosen_channels_last(self) -> bool:
+        """`channels_last`, with auto as what is faster here."""
+        if self.channels_last != "auto":
+            return self.channels_last
+        return self.strategy != "fsdp" and faster_channels_last(torch.device(self.device_type))
+
+    @property
+    def chosen(self) -> str:
+        """Precision and what else is not torch's default, in words."""
+        words = {"channels-last": self.chosen_channels_last, "fused": self.fused_optimizer, "compiled": self.compile}
+        return ", ".join([self.chosen_precision, *(word for word, is_so in words.items() if is_so)])
+
+    @property
     def fused_optimizer(self) -> bool:
         """Whether the fused optimiser is right: it unscales gradients itself, too late for clipping under 16-mixed."""
         return self.chosen_precision != "16-mixed"
@@ -174,7 +188,7 @@ class TrainerSettings:
         Returns:
             the float32 weights of bf16-true.
         """
-        if self.channels_last:
+        if self.chosen_channels_last:
             net.to(memory_format=torch.channels_last)
         masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
         if self.compile:

@@ -6,7 +6,8 @@ import torch
 from src.evaluation import reference as module
 from src.evaluation.features import Extracted, Pixels, Sizes
 from src.evaluation.frechet import distance, moments
-from src.evaluation.reference import default_cache, images_digest, reference
+from src.evaluation.reference import images_digest, reference
+from src.files import cache_folder
 
 
 def images(n=200, size=4, seed=0):
@@ -127,12 +128,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys):
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "diffusion-lab" / "reference"
+    assert cache_folder("reference") == tmp_path / "diffusion-lab" / "reference"
     reference(Counted(), images())
-    assert len(list(default_cache().iterdir())) == 1
+    assert len(list(cache_folder("reference").iterdir())) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(default_cache()) == "/home/somebody/.cache/diffusion-lab/reference"
+    assert str(cache_folder("reference")) == "/home/somebody/.cache/diffusion-lab/reference"
 
 
 def test_what_cannot_be_a_reference(tmp_path):

@@ -1,0 +1,120 @@
+"""The C of group_norm.c, compiled for this machine's CPU when it is first wanted and kept for later."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from src.files import cache_folder, replacing
+from src.models.patches import is_channels_last
+
+SOURCE = Path(__file__).with_name("group_norm.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+WIDE = ("-mprefer-vector-width=512",)  # of x86
+SECONDS = 120  # that a compiler may take; it takes two
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no C compiler ($CC, cc, gcc or clang), or what it makes is wrong."""
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    flags = (*FLAGS, *(WIDE if platform.machine() == "x86_64" else ()))
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags, _cpu())).encode()).hexdigest()[:16]
+    path = cache_folder("kernels") / f"group_norm-{key}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                command = [compiler, *flags, str(SOURCE), "-o", str(temporary), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+        functions = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, long, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
+    functions.group_norm_forward.argtypes = [*[pointer] * 6, *[long] * 4, real, *[flag] * 3]
+    functions.group_norm_backward.argtypes = [*[pointer] * 9, *[long] * 4, *[flag] * 3]
+    return functions if _right(functions) else None
+
+
+def can_take(x: Tensor) -> bool:
+    """Whether `group_norm` takes (B, C, H, W): plain tensors on a CPU, channels-last, of a type that the C knows."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor  # not one that only has a shape
+        and x.dtype in DTYPES
+        and is_channels_last(x)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """F.group_norm of what `can_take` takes, with or without SiLU after it, channels-last; its gradient has none."""
+    return _GroupNorm.apply(x, groups, weight, bias, eps, silu)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Keeps the input and two numbers a group, not the normalised images."""
+
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, silu):  # type: ignore[no-untyped-def]
+        y = torch.empty_like(x)
+        stats = x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
+        w, b = _plain(weight), _plain(bias)
+        _call("forward", (x, y, w, b, *stats), x, (groups, eps), silu)
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight, bias, stats = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x)
+        sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
+        _call("backward", (x, dy, dx, _plain(weight), _plain(bias), *stats, *sums), x, (ctx.groups,), ctx.silu)
+        dweight, dbias = sums.sum(1)
+        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], x: Tensor, numbers: tuple[float, ...], silu: bool) -> None:
+    B, C, H, W = x.shape
+    function = getattr(library(), f"group_norm_{name}")
+    flags = x.dtype == torch.bfloat16, silu, torch.get_num_threads()
+    if function(*(t.data_ptr() for t in tensors), B, H * W, C, *numbers, *flags):
+        raise MemoryError(f"no memory for the group norm of {tuple(x.shape)}")
+
+
+def _plain(v: Tensor) -> Tensor:
+    return v.detach().float().contiguous()
+
+
+def _cpu() -> str:
+    """What this CPU can do: a folder of caches may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _right(functions: ctypes.CDLL) -> bool:
+    """Whether what the compiler made gives the mean and the deviation of a small image."""
+    x = torch.arange(24, dtype=torch.float32)
+    y, ones, zeros, stats = torch.empty(24), torch.ones(4), torch.zeros(4), torch.empty(2, 2)
+    tensors = (x, y, ones, zeros, *stats)
+    functions.group_norm_forward(*(t.data_ptr() for t in tensors), 1, 6, 4, 2, 1e-6, 0, 0, 1)
+    known = torch.nn.functional.group_norm(x.view(1, 6, 4).transpose(1, 2), 2, eps=1e-6).transpose(1, 2).flatten()
+    return bool(torch.allclose(y, known, rtol=1e-5, atol=1e-5))
