@@ -15,7 +15,10 @@ from typing import Any
 
 from src.files import replacing
 
-NAMES = ("training", "sampling", "sampler_step", "loop_tax", "data_path", "prepare", "shards", "mapped", "startup")
+NAMES = (
+    *("training", "step_profile", "sampling", "sampler_step", "loop_tax"),
+    *("data_path", "prepare", "shards", "mapped", "startup"),
+)
 PAGE, DATA = Path("docs/benchmarks.md"), Path("docs/benchmarks.json")
 
 

@@ -19,8 +19,8 @@ from benchmarks.timing import arguments, spread, write_report
 from benchmarks.turns import Contender, Turns, race
 
 SAMPLERS: dict[str, dict[str, Any]] = {  # steps of the row, steps of a turn
-    "DDPM": {"steps": 1000, "few": 4, "scheduler": "DDPMScheduler"},
-    "DDIM": {"steps": 50, "few": 4, "scheduler": "DDIMScheduler"},
+    "DDPM": {"steps": 1000, "few": 2, "scheduler": "DDPMScheduler"},
+    "DDIM": {"steps": 50, "few": 2, "scheduler": "DDIMScheduler"},
     "Heun": {"steps": 18, "few": 2, "scheduler": "HeunDiscreteScheduler"},
 }
 OURS = "ours, bf16-mixed"
@@ -82,6 +82,7 @@ def ours(turns: Turns, size: str, sampler: str, batch: int, images: int, bf16: b
     from benchmarks.ours import configuration
     from src.diffusion.samplers import DDIM, DDPM, generate
     from src.diffusion.solvers import Heun
+    from src.evaluation.sampling import placed
     from src.runs import build_diffusion, build_net
     from src.threads import in_threads
 
@@ -89,7 +90,7 @@ def ours(turns: Turns, size: str, sampler: str, batch: int, images: int, bf16: b
     config = configuration(
         f"data.channels={shape[0]}", f"data.image_size={shape[1]}", "model=unet", *SIZES[size]["ours"]
     )
-    net, diffusion = build_net(config).eval(), build_diffusion(config)
+    net, diffusion = placed(build_net(config).eval(), torch.device("cpu")), build_diffusion(config)
     facts = facts_of(net, shape)
     few = SAMPLERS[sampler]["few"]
     made: Any = {"DDPM": DDPM, "DDIM": DDIM, "Heun": Heun}[sampler](few)

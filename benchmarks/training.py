@@ -12,7 +12,7 @@ its own and takes `--steps` steps a turn. What a contender's name does not say i
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.networks import LARGE, SIZES, SMALL, Called, facts_of, peers_network
+from benchmarks.peaks import peaks
 from benchmarks.timing import arguments, spread, write_report
 from benchmarks.turns import Contender, Turns, race
 
@@ -41,12 +42,16 @@ def main() -> None:
     tables, results = [], {}
     for size in args.sizes:
         contenders = {k: v for k, v in contenders_of(size, args.batch_size).items() if not args.only or k in args.only}
+        before = peaks()
         result = race(contenders, "ours", args.rounds, warmup=3, steps=1 if size == LARGE else 8)
-        tables.append((caption(size, result.facts["ours"], args), *table(result, args.batch_size)))
+        best = {name: max(rate, before[name]) for name, rate in peaks().items()}
+        tables.append((caption(size, result.facts["ours"], args), *table(result, args.batch_size, best)))
+        tables.append(("this machine's peaks in the same run", *of_peaks(best)))
         results[size] = {
             "seconds_a_step": result.rounds.values,
             "facts": result.facts,
             "peak_bytes": result.peak_bytes,
+            "peaks": best,
         }
     write_report(args, tables, results=results)
 
@@ -63,7 +68,7 @@ def contenders_of(size: str, batch: int) -> dict[str, Contender]:
     return {
         "ours": of("ours", overrides=[]),
         "ours, 32-true": of("ours", overrides=["trainer.precision=32-true"]),
-        "ours, channels_last": of("ours", overrides=["trainer.channels_last=true"]),
+        "ours, channels-first": of("ours", overrides=["trainer.channels_last=false"]),
         "diffusers": of("diffusers"),
         "diffusers, bf16": of("diffusers", precision="bf16"),
         "diffusers, bf16, channels_last": of("diffusers", precision="bf16", channels_last=True),
@@ -82,15 +87,22 @@ def caption(size: str, facts: Any, args: Any) -> str:
     )
 
 
-def table(result: Any, batch: int) -> tuple[list[str], list[list[str]]]:
+def table(result: Any, batch: int, best: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """A step does three times the operations of a forward pass; its share is of the convolution's peak."""
     rows = []
     for name in result.rounds.values:
         images = batch / result.rounds.median(name)
         ratio = "" if name == "ours" else spread(result.rounds.ratios(name, "ours"))
         known = result.contender(name)
         warm = f"{result.facts[known]['warmup_seconds']:.0f}"
-        rows.append([name, f"{images:.2f}", ratio, f"{result.peak_bytes[known] / GIB:.2f}", warm])
-    return ["", "images/s", "ours is faster by", "peak GiB", "warm-up s"], rows
+        facts = result.facts[known]
+        share = 3 * facts["flops"] * images / best["convolution, bf16" if facts["bf16"] else "convolution, fp32"]
+        rows.append([name, f"{images:.2f}", ratio, f"{share:.0%}", f"{result.peak_bytes[known] / GIB:.2f}", warm])
+    return ["", "images/s", "ours is faster by", "share of peak", "peak GiB", "warm-up s"], rows
+
+
+def of_peaks(best: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    return ["", "GFLOP/s"], [[name, f"{rate / 1e9:.0f}"] for name, rate in best.items()]
 
 
 # What runs in the contenders' processes.
@@ -98,6 +110,7 @@ def table(result: Any, batch: int) -> tuple[list[str], list[list[str]]]:
 
 def ours(turns: Turns, size: str, batch: int, overrides: list[str]) -> None:
     from benchmarks.ours import configuration
+    from src.build import build
     from src.runs import build_net
     from src.training import fit
     from src.training.stop import Stop
@@ -110,7 +123,8 @@ def ours(turns: Turns, size: str, batch: int, overrides: list[str]) -> None:
         f"data.batch_size={batch}",
         *overrides,
     )
-    facts = facts_of(build_net(config), SIZES[size]["shape"])
+    bf16 = build(config["trainer"], "trainer").chosen_precision.startswith("bf16")
+    facts = {**facts_of(build_net(config), SIZES[size]["shape"]), "bf16": bf16}
 
     class Turn(Stop):
         def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +181,7 @@ def diffusers(
     from benchmarks.peers import diffusers_example
 
     net = peers_network(size)
-    facts = facts_of(Called(net, SIZES[size]["shape"][0]), SIZES[size]["shape"])
+    facts = {**facts_of(Called(net, SIZES[size]["shape"][0]), SIZES[size]["shape"]), "bf16": precision == "bf16"}
     prepared(net, channels_last, compiled)
     scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
 
@@ -193,7 +207,7 @@ def lucidrains(turns: Turns, size: str, batch: int, bf16: bool = False) -> None:
 
     shape = SIZES[size]["shape"]
     net = Called(peers_network(size), shape[0])
-    facts = facts_of(net, shape)
+    facts = {**facts_of(net, shape), "bf16": bf16}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
         images.mkdir()
@@ -222,7 +236,7 @@ def lucidrains(turns: Turns, size: str, batch: int, bf16: bool = False) -> None:
 
 def bare(turns: Turns, size: str, batch: int, bf16: bool = False, compiled: bool = False) -> None:
     net = Called(peers_network(size), SIZES[size]["shape"][0])
-    facts = facts_of(net, SIZES[size]["shape"])
+    facts = {**facts_of(net, SIZES[size]["shape"]), "bf16": bf16}
     prepared(net, compiled=compiled)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     alphas_cumprod = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float()

@@ -96,7 +96,7 @@ def set_up(config: dict[str, Any], num_samples: int, loaded: tuple[Run, nn.Modul
     sampler = build(config["sampler"], "sampler")
     with refusals("sampler"):
         steps = len(sampler.path(diffusion.schedule)) - 1
-    net = loaded[1] if loaded else _placed(run.load_net(config["weights"]), device)
+    net = loaded[1] if loaded else placed(run.load_net(config["weights"]), device)
     labels = _labels(config["labels"], net, num_samples, run.checkpoint)
     guidance = build(config["guidance"], "guidance")
     with refusals("sampler"):
@@ -253,10 +253,10 @@ def _guide(
     net = guide.load_net(weights)
     if num_classes is not None and getattr(net, "num_classes", None) != num_classes:
         raise UserError(f"guidance.guide={guidance.guide} has other labels than the run; use one with as many classes")
-    return build_diffusion(guide.config), _placed(net, device)
+    return build_diffusion(guide.config), placed(net, device)
 
 
-def _placed(net: nn.Module, device: torch.device) -> nn.Module:
+def placed(net: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, in the memory format that is faster there."""
     placed: Any = {"memory_format": torch.channels_last} if faster_channels_last(device) else {}
     return net.to(device, **placed)
