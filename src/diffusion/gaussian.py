@@ -24,7 +24,7 @@ from src.diffusion.schedules import DiscreteSchedule
 
 # CPU kernels round a row in another way when its batch has another size. Networks are therefore asked there in batches
 # of one size, about this many pixels, and a sample's bits do not depend on the batch that it is drawn in.
-CHUNK_PIXELS, CHUNK_ROWS = 2048, 4
+CHUNK_PIXELS, FEWEST_ROWS, MOST_ROWS = 8192, 4, 64
 SMALLEST_D = 1e-30  # 1 / d must be a float32; see objectives.py
 
 
@@ -228,7 +228,8 @@ class NetworkDenoiser:
 
 def chunk_rows(shape: Sequence[int]) -> int:
     """Images of this shape, (..., H, W), that a network is asked for at once on the CPU."""
-    return max(CHUNK_ROWS, CHUNK_PIXELS // (shape[-2] * shape[-1]))
+    rows = min(max(FEWEST_ROWS, CHUNK_PIXELS // (shape[-2] * shape[-1])), MOST_ROWS)
+    return 1 << rows.bit_length() - 1  # of which most batches are a multiple
 
 
 def _chunks(rows: int, x: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
