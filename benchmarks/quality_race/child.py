@@ -63,7 +63,8 @@ def main(plan: dict[str, Any]) -> None:
     from benchmarks.quality_race.clock import PACE_SECONDS, Clock, Pace, planned_steps
     from benchmarks.quality_race.contenders import Place, contender, precision
 
-    place = Place(**{k: v if k == "seed" else Path(v) for k, v in plan["place"].items()})
+    told = plan["place"]
+    place = Place(Path(told["data"]), Path(told["png"]), Path(told["folder"]), told["seed"])
     place.folder.mkdir(parents=True, exist_ok=True)
     budget = plan["budget"]
     entry = contender(plan["name"], plan["options"], plan["overrides"], place)

@@ -30,6 +30,7 @@ from benchmarks.quality_race.entries import (
     Options,
     our_configuration,
 )
+from src.overrides import plain_value
 
 SHAPE = (1, 28, 28)
 SAMPLE_BATCH = 250
@@ -82,7 +83,7 @@ class Ours:
     """src.training.fit and src.sample with every default on."""
 
     def __init__(self, options: Options, place: Place) -> None:
-        self.settings = [*options["overrides"], f"data.dir={place.data}", f"seed={place.seed}"]
+        self.settings = [*options["overrides"], f"data.dir={plain_value(str(place.data))}", f"seed={place.seed}"]
         self.place, self.run = place, place.folder / "run"
         self.batch = our_configuration(self.settings)["data"]["batch_size"]
         self.parameters = count(our_network(self.settings))
@@ -113,7 +114,12 @@ class Ours:
         out = self.place.folder / "samples"
         out.mkdir(exist_ok=True)
         steps = EVALUATIONS // 2 if sampler in TWICE else EVALUATIONS
-        asked = (f"run={self.run}", f"out={out}", f"seed={self.place.seed}", f"num_samples={number}")
+        asked = (
+            f"run={plain_value(str(self.run))}",
+            f"out={plain_value(str(out))}",
+            f"seed={self.place.seed}",
+            f"num_samples={number}",
+        )
         overrides = [*asked, f"batch_size={SAMPLE_BATCH}", f"sampler={sampler}", f"sampler.steps={steps}", "device=cpu"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config: Any = OmegaConf.to_container(compose("sample", overrides), resolve=True)
@@ -159,8 +165,8 @@ class Diffusers:
         self.batch = options["batch"]
         self.images = MNIST().load(place.data)[0].images
         self.scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-        self.net = self.network()
-        self.parameters = count(self.net)
+        self.net = nn.Module()
+        self.parameters = count(self.network())
 
     def network(self) -> nn.Module:
         from diffusers import UNet2DModel
@@ -169,7 +175,7 @@ class Diffusers:
             return our_network(self.same)
         channels = tuple(self.options["channels"])
         plain = len(channels) - 1  # attention is at the lowest level
-        net = UNet2DModel(
+        net: Any = UNet2DModel(
             sample_size=SHAPE[1],
             in_channels=1,
             out_channels=1,
@@ -231,8 +237,8 @@ class Lucidrains:
     def __init__(self, options: Options, same: list[str] | None, place: Place) -> None:
         self.options, self.same, self.place = options, same, place
         self.batch = options["batch"]
-        self.average = self.network()
-        self.parameters = count(self.average)
+        self.average = nn.Module()
+        self.parameters = count(self.network())
 
     def network(self) -> nn.Module:
         from denoising_diffusion_pytorch import Unet

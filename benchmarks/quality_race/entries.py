@@ -37,7 +37,7 @@ TUNED: dict[str, Options] = {
         "blocks": 1,
         "samplers": [*SAMPLERS[DIFFUSERS]],
     },
-    LUCIDRAINS: {"batch": 64, "lr": 1e-3, "dim": 32, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    LUCIDRAINS: {"batch": 64, "lr": 1e-3, "dim": 16, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
 }
 TABLES = {
     "same network": (OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME),

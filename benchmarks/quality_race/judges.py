@@ -20,6 +20,7 @@ from src.evaluation.extraction import extract
 from src.evaluation.frechet import Moments, distance, moments
 from src.evaluation.weights import digest
 from src.files import save
+from src.overrides import plain_value
 from src.runs import SUMMARY
 
 REFERENCE = 10_000
@@ -76,7 +77,8 @@ class Judges:
 
 def _first(data: Path, work: Path) -> Path:
     if not (work / SUMMARY).is_file():
-        settings = ("experiment=features_mnist", f"data.dir={data}", f"hydra.run.dir={work}", "resume=auto")
+        where = f"data.dir={plain_value(str(data))}", f"hydra.run.dir={plain_value(str(work))}"
+        settings = ("experiment=features_mnist", *where, "resume=auto")
         subprocess.run([sys.executable, "-m", "src.train", *settings, "trainer=cpu"], check=True)
     return work
 

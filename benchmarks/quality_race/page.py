@@ -79,16 +79,18 @@ def row(name: str, found: Sequence[dict[str, Any]], seeds: int) -> list[str]:
     best = [record["samplers"][record["sampler"]] for record in found]
     few = f", {len(found)} of {seeds} seeds" if len(found) < seeds else ""
     samplers = ", ".join(dict.fromkeys(record["sampler"] for record in found))
+    stopped = any(record["steps"] < record["planned_steps"] for record in found)  # by the clock
 
     def average(key: str) -> float:
         return mean(record[key] for record in found)
 
+    planned = f" of {average('planned_steps'):,.0f} planned" if stopped else ""
     return [
         name,
         *(spread([sampling[judge] for sampling in best]) + few for judge in JUDGES),
         f"{found[0]['parameters']:,}",
         str(found[0]["batch"]),
-        f"{average('steps'):,.0f}",
+        f"{average('steps'):,.0f}{planned}",
         f"{average('images'):,.0f}",
         f"{average('seconds'):.0f}",
         f"{max(record['peak_bytes'] for record in found) / GIB:.2f}",
@@ -105,8 +107,12 @@ def real_row(real: dict[str, list[float]] | None) -> list[str]:
 
 def spread(values: Sequence[float]) -> str:
     """The mean, and of several the least and the most."""
-    few = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{few}"
+    few = f" ({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else ""
+    return f"{digits(mean(values))}{few}"
+
+
+def digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def memory(kept: Kept, names: Sequence[str]) -> str:
@@ -132,7 +138,7 @@ def tried_rows(trial: dict[str, Any]) -> list[list[str]]:
             said,
             f"{trial['minutes']:g}",
             name,
-            *(f"{sampling[judge]:.1f}" for judge in JUDGES),
+            *(digits(sampling[judge]) for judge in JUDGES),
             *common,
         ]
         for name, sampling in trial["samplers"].items()
@@ -169,7 +175,7 @@ def draw(kept: Kept, seed: int, real: Tensor, work: Path, path: Path) -> None:
     for i, (name, score, _) in enumerate(rows):
         y = 1 - (i + 0.5) / len(rows)
         figure.text(0.05 / width, y, name, va="center", fontsize=9, color="#222222")
-        figure.text(1 - 0.05 / width, y, f"{score:.1f}", va="center", ha="right", fontsize=9, color="#222222")
+        figure.text(1 - 0.05 / width, y, digits(score), va="center", ha="right", fontsize=9, color="#222222")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

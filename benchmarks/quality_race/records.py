@@ -54,7 +54,11 @@ def check(kept: Kept, settings: Mapping[str, Any], entries: Mapping[str, Mapping
         UserError: naming the first setting in which the records that are kept were made otherwise.
     """
     pairs = [("all records", kept["settings"], settings)] if kept["entries"] else []
-    pairs += [(repr(name), kept["entries"][name]["settings"], now) for name, now in entries.items() if _has(kept, name)]
+    pairs += [
+        (f"records of {name!r}", kept["entries"][name]["settings"], now)
+        for name, now in entries.items()
+        if _has(kept, name)
+    ]
     for of, before, now in pairs:
         for key, (old, new) in differences(before, now).items():
             raise UserError(
