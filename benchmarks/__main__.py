@@ -49,10 +49,15 @@ def keep(name: str, result: dict[str, Any]) -> None:
     result["command"] = f"python -m benchmarks.{name}"
     with replacing(DATA) as temporary:
         temporary.write_text(json.dumps({**everything, name: result}, indent=1) + "\n")
-    page = PAGE.read_text()
+    write_section(name, section(result), PAGE)
+
+
+def write_section(name: str, text: str, path: Path) -> None:
+    """Puts text between the marks of this name on a page, in the place of what stood there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    made = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{section(result)}\n{end}", page, count=1, flags=re.DOTALL)
-    with replacing(PAGE) as temporary:
+    page = path.read_text()
+    made = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page, count=1, flags=re.DOTALL)
+    with replacing(path) as temporary:
         temporary.write_text(made)
 
 
