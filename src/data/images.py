@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import printable
 from src.pictures import to_uint8
 
 
@@ -97,5 +98,7 @@ class ImageSet:
         return torch.arange(*index.indices(len(self))) if isinstance(index, slice) else index
 
     def name(self, i: int) -> str:
-        """Of image number i: its own, or its number in the store."""
-        return self.names[i] if self.names is not None else str(i if self.rows is None else int(self.rows[i]))
+        """Of image number i, in one line: its own, or its number in the store."""
+        if self.names is None:
+            return str(i if self.rows is None else int(self.rows[i]))
+        return printable(self.names[i])

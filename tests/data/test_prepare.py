@@ -1,6 +1,7 @@
 """python -m src.prepare, and training from what it wrote and from files that were packed on the way."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -199,14 +200,36 @@ def test_broken_files_are_named_and_nothing_is_left(command, tmp_path, name, ver
         outcome = command(verb, *arguments, "data.max_broken=1")
         assert outcome.code == 0, outcome.err
         assert (
-            f"note: 1 were left out, which manifest.json lists; the first, {sentence.replace(' is', ', is')}"
+            f"note: 1 was left out, which manifest.json lists; the first, {sentence.replace(' is', ', is')}"
             in outcome.out
         )
         assert json.loads((out / "manifest.json").read_text())["skipped"][0][0] == name
 
 
+def test_names_that_no_terminal_shows_are_escaped(command, tmp_path, cache):
+    """A line's end and a byte that is no text, in names of broken and of whole images: one sentence each."""
+    photos(tmp_path / "photos")
+    names = ["dog/a\nb.png", os.fsdecode(b"dog/\xff\x1b[2J.png")]
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(b"text")
+    arguments = ["data=folder", f"data.dir={tmp_path / 'photos'}"]
+    for name, escaped in zip(names, ("a\\nb.png", "\\udcff\\x1b[2J.png"), strict=True):
+        outcome = command("prepare", *arguments, f"out={tmp_path / 'out'}", "size=8")
+        assert outcome.code == 2
+        assert outcome.err.startswith(f"error: dog/{escaped} is text, not an image")
+        assert outcome.err.count("\n") == 1
+        (tmp_path / "photos" / name).write_bytes((tmp_path / "photos/cat/000.png").read_bytes())
+    settings = ["model=unet_tiny", "data.image_size=8", "data.val_images=2", "data.batch_size=4"]
+    outcome = command("preview", *arguments, *settings, f"out={tmp_path / 'seen'}")
+    assert outcome.code == 0, outcome.err
+    assert all(line.isprintable() for line in outcome.out.splitlines())
+    assert "the same as another to the bit" in outcome.out
+
+
 REFUSED = [
     (["data=digits", "size=8"], "these images need no preparing"),
+    (["data=webdataset", "size=8"], "shards are read while training goes on, and are not prepared"),
+    (["size=[8,8,3]"], "size: size=[8, 8, 3] is not one number, or height and width"),
     (["size=0"], "size: size=0 must be at least 1"),
     (["size=8x"], "size=8x is not a whole number or height by width, such as 48x64"),
     (["size=8", "crop=middle"], "crop=middle is not one of center, none, random"),
@@ -218,6 +241,7 @@ REFUSED = [
         ["size=8", "crop=none"],
         "cat/000.png is 12x16, which 8x8 would distort; use crop=center or crop=random; or leave",
     ),
+    (["size=8", "out={tmp}/photos/cat/000.png"], "choose another with out=<folder>"),
     (["size=8", "out={tmp}/photos"], "photos holds other files (cat, dog, fox)"),
     ([], "size has no value; set it with size=..."),
     (["size=8", "data=packed", "data.dir={tmp}"], "is no packed store"),
