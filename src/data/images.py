@@ -72,6 +72,11 @@ class ImageSet:
         return made
 
     @property
+    def num_levels(self) -> int | None:
+        """How many values a pixel can have; None of floats."""
+        return {torch.uint8: 2**8, torch.uint16: 2**16}.get(self.store.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Of the pixels of these images alone."""
         return len(self) * self.store[:1].nbytes
