@@ -45,6 +45,7 @@ class ImageDataModule(LightningDataModule):
         val_list: a text file with the names of the images to validate on, one a line, in place of `val_images`.
         val_seed: of the choice of `val_images`.
         balance: train on each class equally often; see `Balanced`.
+        drop_last: end each epoch with its last whole batch; see `TrainLoader`.
         augment: what else is done to training images; see src/data/augmentation.py.
         crop, resize: how images in files come to image_size; see `Geometry`.
         max_broken: so many images in files may be left out because they cannot be read.
@@ -76,6 +77,7 @@ class ImageDataModule(LightningDataModule):
         val_list: str | None = None,
         val_seed: int = 0,
         balance: bool = False,
+        drop_last: bool = False,
         augment: Augmentation | None = None,
         crop: Crop = "center",
         resize: Resize = "lanczos",
@@ -103,6 +105,7 @@ class ImageDataModule(LightningDataModule):
         self.val_list = None if val_list is None else Path(val_list)
         self.val_seed = val_seed
         self.balance = balance
+        self.drop_last = drop_last
         self.augment: Augmentation = Nothing() if augment is None else augment
         self.crop: Crop = crop
         self.resize: Resize = resize
@@ -226,6 +229,7 @@ class ImageDataModule(LightningDataModule):
             start=self.images_done,
             augment=self.augment,
             balance=self.balance,
+            drop_last=self.drop_last,
         )
 
     def _placed(self, device: torch.device) -> ImageSet:
