@@ -282,10 +282,37 @@ def test_packed_data_without_a_store_is_one_sentence(command, tmp_path):
         assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_a_small_store_is_padded_with_black(tmp_path, dtype):
+    """Catches a border of 0 around floats, whose black is -1, and one that is part of the size on one side alone."""
+    images = noise(12, (6, 4, 2), dtype)
+    pack(Made(images), Geometry((6, 4)), tmp_path / "store")
+    data = ImageDataModule(Packed(), str(tmp_path / "store"), 2, (10, 8), 1, 4, False, 4, pad=2)
+    data.setup()
+    assert (len(data.train), len(data.val)) == (8, 4)
+    for part in (data.train, data.val):
+        for i in range(len(part)):
+            original = images[int(part.name(i)[:5])].astype(np.float64)
+            black = -1 if dtype == "float32" else 0
+            expected = np.pad(original, ((2, 2), (2, 2), (0, 0)), constant_values=black).transpose(2, 0, 1)
+            np.testing.assert_array_equal(part.take(torch.tensor([i]))[0].double().numpy(), expected)
+
+
+def test_a_folder_is_resized_to_what_lies_within_the_border(tmp_path):
+    images = photos(tmp_path / "photos", 12, size=(8, 8))
+    data = module(tmp_path / "photos", image_size=12, pad=2)
+    data.setup()
+    assert data.train.store.shape == (6, 3, 12, 12)
+    inside = data.train.images[0, :, 2:10, 2:10].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(inside, images[data.train.name(0)])
+    with pytest.raises(ValueError, match="must be at least 1"):
+        module(tmp_path / "photos", image_size=4, pad=2).setup()
+
+
 def test_a_pad_that_would_copy_a_store_is_refused(tmp_path):
-    sparse(tmp_path / "store", 1e6)
+    sparse(tmp_path / "store", 1e9)
     data = ImageDataModule(Packed(), str(tmp_path / "store"), 3, 66, 1, 4, False, 4, pad=1)
-    with pytest.raises(ValueError, match=r"data\.pad=1 would copy a packed store into memory"):
+    with pytest.raises(ValueError, match=r"data\.pad=1 would copy 0\.9 GiB of images into memory; pack them"):
         data.setup()
 
 
