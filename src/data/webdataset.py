@@ -61,6 +61,8 @@ class WebDataModule(LightningDataModule):
         UserError: when there are no such shards, or what is read of them cannot be used.
     """
 
+    interleaved = True  # process r has the images r, r + world_size, ... of a batch
+
     def __init__(
         self,
         shards: str | Sequence[str] | None,
