@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from src.build import check, check_arguments, check_seed, unknown_key
 from src.data.packed import described
 from src.devices import claim_gpu
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.failures import forget_failure, note_failure
 from src.launch import launched, rank, stamp
 from src.overrides import plain_value
@@ -105,7 +106,7 @@ def command(name: str, schema: type, task: Task, inherit: Inherit | None) -> Cal
         except OSError as error:
             if _job.started:  # type: ignore[attr-defined]
                 raise
-            _fail(f"the output folder cannot be made: {error}; choose another with hydra.run.dir=<folder>")
+            _fail(f"the output folder cannot be made: {error}; choose another with {_key(schema)}=<folder>")
         except ValueError as error:  # of Hydra, for a group that was set to null
             if _job.started:  # type: ignore[attr-defined]
                 raise
@@ -132,7 +133,7 @@ def _job(task: Task, schema: type, cfg: DictConfig) -> Any:
         check(plain, "")
         if "seed" in plain:
             check_seed("seed", plain["seed"])
-        _check_writable(run_dir)
+        _check_writable(run_dir, _key(schema))
         result = task(plain, run_dir)
     except Exception as error:
         if sweep:
@@ -180,16 +181,19 @@ def _refuse_a_sweep_of_each_process() -> None:
         )
 
 
-def _check_writable(folder: Path) -> None:
+def _key(schema: type) -> str:
+    """The setting that names the output folder."""
+    return "out" if "out" in {f.name for f in fields(schema)} else "hydra.run.dir"
+
+
+def _check_writable(folder: Path, key: str) -> None:
     if folder == Path.cwd():
-        raise UserError("the output folder is the working directory; choose another with hydra.run.dir=<folder>")
+        raise UserError(f"the output folder is the working directory; choose another with {key}=<folder>")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error}); choose another with hydra.run.dir=<folder>"
-        ) from error
+        raise UserError(f"{folder} cannot be written to ({error}); choose another with {key}=<folder>") from error
 
 
 def _one_sweep_folder(overrides: list[str]) -> list[str]:
@@ -289,5 +293,5 @@ class RememberFolders(Callback):
 
 def _fail(sentence: str) -> None:
     if rank() == 0:  # the others fail as it does
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {printable(sentence)}", file=sys.stderr)
     raise SystemExit(2)

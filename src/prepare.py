@@ -38,6 +38,11 @@ def prepare(config: dict[str, Any], out: Path) -> None:
     data = config["data"]
     if config["processes"] is not None and config["processes"] < 1:
         raise UserError(f"processes={config['processes']} must be at least 1, or null for one a core")
+    if "source" not in data:
+        raise UserError(
+            "shards are read while training goes on, and are not prepared; train with data=webdataset as they are, or "
+            "unpack them into a folder and prepare that with data=folder"
+        )
     source = build(data["source"], "data.source")
     if not hasattr(source, "catalogues"):
         raise UserError(
@@ -68,7 +73,8 @@ def _report(manifest: Any, folder: Path) -> None:
     )
     if manifest.skipped:
         name, reason = manifest.skipped[0]
-        print(f"note: {len(manifest.skipped)} were left out, which manifest.json lists; the first, {name}, {reason}")
+        were = "was" if len(manifest.skipped) == 1 else "were"
+        print(f"note: {len(manifest.skipped)} {were} left out, which manifest.json lists; the first, {name}, {reason}")
 
 
 main = command("prepare", PrepareConfig, prepare, lambda run, overrides: [])

@@ -85,7 +85,7 @@ class RowNoise:
             size = min(self.BLOCK, total - block * self.BLOCK)
             drawn.append(torch.randn(size, *shape, generator=self.generator, device=self.device))
         whole = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        return whole[rows.start - first * self.BLOCK :][: len(rows)]
+        return whole[rows.start - first * self.BLOCK :][:: rows.step][: len(rows)]
 
 
 class NoiseStream:

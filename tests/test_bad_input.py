@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.data.geometry import Geometry
+from src.data.packing import pack
+from tests.data.made import Made, noise
 from tests.warm import finish
 
 TRAIN = [
@@ -114,6 +117,22 @@ def test_a_gpu_where_there_is_none(command, tmp_path, monkeypatch):
     assert outcome.code == 2
     assert "this machine has none; use trainer=cpu" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bound_counts_the_levels_that_images_have(command, tmp_path):
+    """Of 16 bits and of floats; a packed store says which."""
+    for dtype in ("uint16", "float32"):
+        pack(Made(noise(20, (8, 8, 1), dtype)), Geometry((8, 8)), tmp_path / dtype)
+    arguments = ["experiment=smoke", "data=packed", "data.val_images=4", "data.batch_size=4", "trainer.max_steps=1"]
+    arguments += ["model.learned_variance=true", f"hydra.run.dir={tmp_path / 'run'}"]
+    outcome = command("train", *arguments, f"data.dir={tmp_path / 'uint16'}", "loss=hybrid")
+    assert outcome.code == 2
+    assert "loss=hybrid counts the bits of 256 levels, and the images have 65536; set loss.levels=65536" in outcome.err
+    outcome = command("train", *arguments, f"data.dir={tmp_path / 'float32'}", "loss=vlb")
+    assert outcome.code == 2
+    assert "the images are floats, which have none; use loss=simple" in outcome.err
+    outcome = command("train", *arguments, f"data.dir={tmp_path / 'uint16'}", "loss=hybrid", "loss.levels=65536")
+    assert outcome.code == 0, outcome.err
 
 
 def test_an_output_folder_that_cannot_be_made_is_found_before_training(command, tmp_path):

@@ -161,6 +161,27 @@ class Spy(nn.Module):
         return 0.5 * x[:, :1] + 0.1 * y.view(-1, 1, 1, 1) + self.nothing
 
 
+def test_bits_are_those_of_the_levels_that_images_have():
+    """The same images in 16 bits as in 8 have 8 more, as the density hardly bends over a bin; floats have no levels."""
+    eight = torch.randint(1, 255, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    deep = (eight * 257).to(torch.uint16)
+    diffusion = GaussianDiffusion(Linear(10, 0.01, 0.3), X0(), Constant(), Uniform())
+    found = {}
+    for images in (eight.to(torch.uint8), deep, normalize(deep)):
+        subject = Subject(diffusion, Spy(), ImageSet(images, torch.zeros(6, dtype=torch.int64)), 3, 0)
+        for name, part in {"vlb": Vlb(), "ode": Ode(1e-3, 1e-3, None)}.items():
+            if images.dtype == torch.float32:
+                with pytest.raises(ValueError, match="these images are floats; leave this score out"):
+                    part.refuse(subject)
+                continue
+            part.refuse(subject)
+            score = part(subject)[name]
+            found[name, score.details["levels"]] = score.value
+    assert set(found) == {(name, levels) for name in ("vlb", "ode") for levels in (256, 65536)}
+    for name in ("vlb", "ode"):
+        assert found[name, 65536] - found[name, 256] == pytest.approx(math.log2(65535 / 255), abs=0.05)
+
+
 def test_images_bring_their_labels_and_a_self_conditioned_network_is_asked_afresh():
     """The bound and the density are those of a function of x_t alone."""
     net = Spy()

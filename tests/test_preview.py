@@ -131,7 +131,7 @@ REFUSED = [
     (["num_images=2", "data.val_images=1796", "data.batch_size=1"], "num_images=2 is more than the 1 training images"),
     (["num_images=1", "data.val_images=1796", "data.batch_size=1"], "data: the training images are all the same"),
     (["data=mnist", "data.dir={tmp}/nowhere"], "MNIST is not in {tmp}/nowhere"),
-    (["data=webdataset"], "images that are read while training goes on are not looked at before"),
+    (["data=webdataset"], "data.shards names no shards"),
     (["seed=-1"], "seed=-1 must lie between 0 and"),
     (["shedule=cosine"], "there is no setting shedule; did you mean schedule"),
 ]

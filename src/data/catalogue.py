@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from src.errors import printable
+
 
 class BrokenImageError(Exception):
     """An image that cannot be read.
@@ -16,8 +18,8 @@ class BrokenImageError(Exception):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
+        super().__init__(name, reason)  # as they are, for pickle
+        self.name = printable(name)
         self.reason = reason
 
     def __str__(self) -> str:

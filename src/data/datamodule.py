@@ -15,7 +15,7 @@ from src.data.images import ImageSet
 from src.data.loader import Batch, EvalLoader, TrainLoader
 from src.data.packed import Packed, Store
 from src.data.packing import packed_once
-from src.data.selection import class_names, class_numbers, held_out, limited, listed, of_classes, unlabelled
+from src.data.selection import COPIED, class_names, class_numbers, held_out, limited, listed, of_classes, unlabelled
 from src.data.sources import CatalogueSource, Source
 from src.errors import UserError
 from src.launch import rank
@@ -37,7 +37,7 @@ class ImageDataModule(LightningDataModule):
         flip: mirror each training image with probability 1/2.
         val_images: validation uses the first so many of the test split, or holds out so many training images, chosen
             by `val_seed`, where there is none.
-        pad: pixels of black border on each side.
+        pad: pixels of black border on each side, which image_size includes; of sets that are small enough to be copied.
         seed: of the training order.
         labels: where classes are found, see the source; "none" for no classes.
         classes: names or numbers of the only classes to train on, which are numbered anew in this order.
@@ -45,6 +45,7 @@ class ImageDataModule(LightningDataModule):
         val_list: a text file with the names of the images to validate on, one a line, in place of `val_images`.
         val_seed: of the choice of `val_images`.
         balance: train on each class equally often; see `Balanced`.
+        drop_last: end each epoch with its last whole batch; see `TrainLoader`.
         augment: what else is done to training images; see src/data/augmentation.py.
         crop, resize: how images in files come to image_size; see `Geometry`.
         max_broken: so many images in files may be left out because they cannot be read.
@@ -76,6 +77,7 @@ class ImageDataModule(LightningDataModule):
         val_list: str | None = None,
         val_seed: int = 0,
         balance: bool = False,
+        drop_last: bool = False,
         augment: Augmentation | None = None,
         crop: Crop = "center",
         resize: Resize = "lanczos",
@@ -103,6 +105,7 @@ class ImageDataModule(LightningDataModule):
         self.val_list = None if val_list is None else Path(val_list)
         self.val_seed = val_seed
         self.balance = balance
+        self.drop_last = drop_last
         self.augment: Augmentation = Nothing() if augment is None else augment
         self.crop: Crop = crop
         self.resize: Resize = resize
@@ -158,6 +161,7 @@ class ImageDataModule(LightningDataModule):
         if isinstance(self.source, Packed):
             return self.source.open(self.dir)
         channels, *size = self.image_shape
+        size = [side - 2 * self.pad for side in size]
         with refusals("data"):
             geometry = Geometry((size[0], size[1]), self.crop, self.resize)
         found = self.source.catalogues(self.dir, self.labels)  # type: ignore[union-attr]
@@ -183,12 +187,13 @@ class ImageDataModule(LightningDataModule):
         return train if self.limit is None else limited(train, self.limit), val
 
     def _finish(self, data: ImageSet) -> ImageSet:
-        if self.pad and self.stores:
+        if self.pad and self.stores and data.nbytes > COPIED:
             raise UserError(
-                f"data.pad={self.pad} would copy a packed store into memory; choose another data.image_size"
+                f"data.pad={self.pad} would copy {data.nbytes / 2**30:.1f} GiB of images into memory; pack them in the "
+                "size that they are trained in"
             )
         if self.pad:
-            data = replace(data, store=torch.nn.functional.pad(data.images, [self.pad] * 4), rows=None)
+            data = replace(data, store=_padded(data.images, self.pad), rows=None, mapped=False)
         shape = tuple(data.store.shape[1:])
         if shape != self.image_shape:
             raise UserError(
@@ -226,6 +231,7 @@ class ImageDataModule(LightningDataModule):
             start=self.images_done,
             augment=self.augment,
             balance=self.balance,
+            drop_last=self.drop_last,
         )
 
     def _placed(self, device: torch.device) -> ImageSet:
@@ -264,6 +270,14 @@ class ImageDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.images_done = state_dict["images_done"]
+
+
+def _padded(images: torch.Tensor, pad: int) -> torch.Tensor:
+    """(N, C, H + 2 pad, W + 2 pad), in a border of the darkest value that the type has."""
+    deep = images.dtype == torch.uint16  # which few kernels know
+    black = -1.0 if images.dtype == torch.float32 else 0
+    padded = torch.nn.functional.pad(images.view(torch.int16) if deep else images, [pad] * 4, value=black)
+    return padded.view(torch.uint16) if deep else padded
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -52,6 +52,8 @@ def parse_size(size: int | str | Sequence[int]) -> tuple[int, int]:
     if isinstance(size, str):
         height, _, width = Size(size).partition("x")
         size = (int(height), int(width))
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"size={list(size)} is not one number, or height and width, such as [48,64]")
     height_, width_ = (size, size) if isinstance(size, int) else tuple(size)
     if min(height_, width_) < 1:
         raise ValueError(f"size={size} must be at least 1")

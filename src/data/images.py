@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import printable
 from src.pictures import to_uint8
 
 
@@ -71,6 +72,11 @@ class ImageSet:
         return made
 
     @property
+    def num_levels(self) -> int | None:
+        """How many values a pixel can have; None of floats."""
+        return {torch.uint8: 2**8, torch.uint16: 2**16}.get(self.store.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Of the pixels of these images alone."""
         return len(self) * self.store[:1].nbytes
@@ -97,5 +103,7 @@ class ImageSet:
         return torch.arange(*index.indices(len(self))) if isinstance(index, slice) else index
 
     def name(self, i: int) -> str:
-        """Of image number i: its own, or its number in the store."""
-        return self.names[i] if self.names is not None else str(i if self.rows is None else int(self.rows[i]))
+        """Of image number i, in one line: its own, or its number in the store."""
+        if self.names is None:
+            return str(i if self.rows is None else int(self.rows[i]))
+        return printable(self.names[i])

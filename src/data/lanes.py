@@ -10,7 +10,7 @@ A lane's place is three numbers, and its windows' order depends on their number 
 part of one shard that it has read, decodes one window anew, and is where it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class Lane:
             UserError: when more is broken than may be, an epoch has no image, or a shard cannot be read.
         """
         number, images, labels, broken = first, [], [], []
-        for after, sample in self._samples(place):
+        for after, sample in self.samples(place):
             try:
                 if isinstance(sample, BrokenImageError):
                     raise sample
@@ -97,7 +97,12 @@ class Lane:
                 yield Window(np.stack(images)[order], np.array(labels, dtype=np.int64)[order], after, broken)
                 number, images, labels, broken = number + 1, [], [], []
 
-    def _samples(self, place: Place) -> Iterator[tuple[Place, Sample | BrokenImageError]]:
+    def samples(self, place: Place) -> Generator[tuple[Place, Sample | BrokenImageError], None, None]:
+        """The samples from `place` on, and where the lane stands after each; a shard that is damaged is one, too.
+
+        Raises:
+            UserError: when an epoch has no sample, or a shard cannot be read.
+        """
         epoch, start, skip = place
         while True:
             found = start > 0 or skip > 0

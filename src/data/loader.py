@@ -52,6 +52,8 @@ class TrainLoader:
     function of the seed: image number k is the same whatever the batch size and the number of processes (augmented by
     interpolation up to rounding, which kernels choose by the size of a batch). Each image comes exactly once an epoch;
     a batch may hold the end of one and the beginning of the next, so no remainder is dropped, repeated, or smaller.
+    With `drop_last` each epoch ends with its last whole batch: what is left of its permutation, other images in each
+    epoch, is left out, and the stream depends on the batch size, too.
 
     Images that a GPU has no room for are fetched ahead by a thread, into pinned memory; on a CPU those of a mapped file
     that is too large to stay in the system's cache, where a thread would otherwise take more than it gives.
@@ -64,6 +66,7 @@ class TrainLoader:
         start: images of the stream that were seen before.
         augment: what else is done to images, on the device.
         balance: each class equally often; see `Balanced`.
+        drop_last: see above.
 
     Raises:
         ValueError: when the ranks cannot share a batch evenly, or a batch holds more than all images.
@@ -81,6 +84,7 @@ class TrainLoader:
         start: int = 0,
         augment: Augmentation | None = None,
         balance: bool = False,
+        drop_last: bool = False,
     ) -> None:
         if batch_size > len(data):
             raise ValueError(f"{len(data)} images do not fill one batch of {batch_size}")
@@ -95,6 +99,8 @@ class TrainLoader:
         self.share = batch_size // world_size
         self.start = start
         self.order: Order = Balanced(data.labels, mix(seed, 0xBA1A)) if balance else Shuffled(len(data))
+        n = self.order.length
+        self.length = n - n % batch_size if drop_last else n  # images an epoch
         self.pinned = device.type == "cuda" and data.store.device.type == "cpu"
         self.ahead = self.pinned or (data.mapped and data.nbytes > SHARE_OF_CACHE * _memory())
         images = data.store.view(torch.int16) if data.store.dtype == torch.uint16 else data.store
@@ -118,11 +124,11 @@ class TrainLoader:
 
     def _draw(self, low: int, high: int) -> tuple[Tensor, ...]:
         """Images, flips and parameters of augmentation, number low to high of the stream."""
-        n = self.order.length
+        n = self.length
         epoch, first = divmod(low, n)
         if epoch != self._epoch:
             g = generator(mix(self.seed, 0xDA7A), epoch)
-            order = self.order(epoch, g).to(self.data.store.device)
+            order = self.order(epoch, g)[:n].to(self.data.store.device)
             mirrored = (torch.rand(n, generator=g) < 0.5).to(self.device)
             self._drawn = order, mirrored, self.augment.draw(n, g).to(self.device)
             self._epoch = epoch

@@ -34,6 +34,7 @@ IMAGES, LABELS, NAMES, MANIFEST = "images.bin", "labels.npy", "names.json", "man
 VAL = "val"
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 AROUND = 2**16  # bytes that the kernel maps around one that is touched
+KINDS_OF_SIZES = 100  # that the manifest lists; photographs come in thousands
 KEPT = 2**29  # bytes of a store that a process holds mapped at a time
 
 

@@ -25,6 +25,7 @@ from src.data.geometry import Geometry
 from src.data.packed import (
     FORMAT,
     IMAGES,
+    KINDS_OF_SIZES,
     LABELS,
     MANIFEST,
     NAMES,
@@ -45,7 +46,6 @@ CHUNK_BYTES = 2**20  # of packed images that a process hands over at once, about
 CHUNK = 256  # images, at most
 SMALL = 1024  # so many are decoded here: processes would take longer to start
 SYNC_SECONDS = 2.0  # between two notes of progress
-KINDS_OF_SIZES = 100  # that the manifest lists; photographs come in thousands
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

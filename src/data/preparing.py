@@ -132,7 +132,10 @@ def with_channels(image: NDArray[np.generic], channels: int, name: str) -> NDArr
         (4, 3): "parts of it are transparent: save it without, or set data.channels=4 where all images have it",
     }
     what = f"has {there} channel{'s' * (there > 1)}, and {channels} {'are' if channels > 1 else 'is'} wanted"
-    raise BrokenImageError(name, f"{what}; {mend.get((there, channels), 'make all images alike')}")
+    other = "make all images alike"
+    if image.shape[0] == channels:
+        other = "it may be channels x height x width: store it as height x width x channels"
+    raise BrokenImageError(name, f"{what}; {mend.get((there, channels), other)}")
 
 
 def _measure(chunk: Chunk) -> None:

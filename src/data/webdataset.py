@@ -1,9 +1,9 @@
 """The LightningDataModule of shards: images that are read as they are trained on, for data that fits no disk."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +11,13 @@ from lightning import LightningDataModule
 
 from src.data.augmentation import Augmentation, Nothing
 from src.data.catalogue import BrokenImageError
-from src.data.decoding import FloatRange, check_float_range, decode
-from src.data.geometry import Crop, DistortedError, Geometry, Resize
+from src.data.decoding import check_float_range
+from src.data.first import FirstImages, first_images
+from src.data.geometry import Crop, Geometry, Resize
 from src.data.images import ImageSet
-from src.data.lanes import Decoded, Lane, Place, note
+from src.data.lanes import Lane, Place, note
 from src.data.loader import EvalLoader
+from src.data.sampled import Decode
 from src.data.shards import Sample, expand, samples
 from src.data.streaming import StreamLoader
 from src.errors import UserError
@@ -23,60 +25,6 @@ from src.randomness import another
 from src.shapes import as_pair
 
 MOST_LANES = 16  # of those that are chosen here
-
-
-@dataclass(frozen=True)
-class Decode:
-    """From a sample to its image, (H, W, C) uint8, uint16 or float32, and its label.
-
-    Args:
-        shape: (C, H, W) that all images get.
-        num_classes: labels run from 0 to num_classes - 1; with 1 they are not looked for.
-        geometry: how images get their size.
-        float_range: see `decode`.
-        dtype: the type that all must have; None for any.
-    """
-
-    shape: tuple[int, int, int]
-    num_classes: int
-    geometry: Geometry
-    float_range: FloatRange
-    dtype: np.dtype[Any] | None = None
-
-    def __call__(self, sample: Sample) -> Decoded:
-        if sample.image is None:
-            raise BrokenImageError(sample.name, "has no image file that is read here: PNG, JPEG, WebP, TIFF, BMP, .npy")
-        image = decode(sample.image, sample.name, self.float_range)
-        if image.shape[2] != self.shape[0]:
-            raise BrokenImageError(
-                sample.name, f"has {image.shape[2]} channels, not {self.shape[0]} as data.channels says"
-            )
-        if self.dtype is not None and image.dtype != self.dtype:
-            raise BrokenImageError(
-                sample.name, f"is of {image.dtype}, and the first image to validate on of {self.dtype}; make them alike"
-            )
-        try:
-            image = self.geometry(image, 0)
-        except DistortedError as error:
-            raise BrokenImageError(sample.name, str(error)) from error
-        return image, self._label(sample)
-
-    def _label(self, sample: Sample) -> int:
-        if self.num_classes == 1:
-            return 0
-        if sample.label is None:
-            raise BrokenImageError(sample.name, 'has no label: neither a .cls nor a .json with "label"')
-        try:
-            label = int(sample.label)
-        except (TypeError, ValueError):
-            label = -1
-        if not 0 <= label < self.num_classes or isinstance(sample.label, float):
-            raise BrokenImageError(
-                sample.name,
-                f"has the label {sample.label!r}; data.num_classes={self.num_classes} allows 0 to "
-                f"{self.num_classes - 1}",
-            )
-        return label
 
 
 class WebDataModule(LightningDataModule):
@@ -107,10 +55,13 @@ class WebDataModule(LightningDataModule):
         images_done: images of the training stream that were seen before.
         restores: how often training went back to a checkpoint because it diverged; each time the order is another.
         val: the images to validate on, in memory.
+        first: the images that the stream begins with, of a preview.
 
     Raises:
         UserError: when there are no such shards, or what is read of them cannot be used.
     """
+
+    interleaved = True  # process r has the images r, r + world_size, ... of a batch
 
     def __init__(
         self,
@@ -161,11 +112,16 @@ class WebDataModule(LightningDataModule):
         self.restores = 0
         self.places: list[Place] = []
         self.val: ImageSet
+        self.first: FirstImages | None = None
         self._loader: StreamLoader | None = None
         self._loaded = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds the shards, and reads the images to validate on, once."""
+        """Finds the shards, and reads the images to validate on, once.
+
+        Args:
+            stage: "preview" for the first images of the stream, too.
+        """
         if self._loaded:
             return
         for key, patterns in zip(("shards", "val_shards"), self.patterns, strict=True):
@@ -182,6 +138,10 @@ class WebDataModule(LightningDataModule):
                 "shards of its own: choose fewer, or make more and smaller shards"
             )
         self.val = self._held_out(val_shards)
+        if stage == "preview":
+            self.first = first_images(
+                self._lanes(self.seed), self.decode, self.class_names, str(self.patterns[0]), self.max_broken
+            )
         self._loaded = True
 
     def _held_out(self, shards: list[str]) -> ImageSet:
@@ -206,21 +166,36 @@ class WebDataModule(LightningDataModule):
         return ImageSet(pixels, torch.tensor(labels))
 
     @property
-    def train(self) -> NoReturn:
+    def class_names(self) -> tuple[str, ...]:
+        """Numbers; one name, empty, for images without classes."""
+        return tuple(map(str, range(self.num_classes))) if self.num_classes > 1 else ("",)
+
+    @property
+    def train(self) -> ImageSet:
+        """The first images of the stream, for a preview.
+
+        Raises:
+            UserError: for all who want to see all of them.
+        """
+        if self.first is not None:
+            return self.first.images
         raise UserError(
             "data=webdataset has no set of training images to look at, only a stream of them; what compares with all "
-            "of them (src.evaluate, callbacks.score, model=oracle, src.preview) needs them packed or in a folder"
+            "of them (src.evaluate, callbacks.score, model=oracle) needs them packed or in a folder"
         )
 
-    def train_dataloader(self) -> StreamLoader:
-        trainer: Any = self.trainer
+    def _lanes(self, seed: int) -> list[Lane]:
         assert self.num_lanes is not None
-        seed = another(self.seed, self.restores)
         size = max(1, self.shuffle // self.num_lanes)
-        lanes = [
+        return [
             Lane(i, self.num_lanes, self.shards, size, self.decode, seed, self.max_broken)
             for i in range(self.num_lanes)
         ]
+
+    def train_dataloader(self) -> StreamLoader:
+        trainer: Any = self.trainer
+        seed = another(self.seed, self.restores)
+        lanes = self._lanes(seed)
         try:
             self._loader = StreamLoader(
                 lanes,

@@ -1,6 +1,6 @@
 """How likely images are under a model, in bits per dimension: a bound by its chain, and the density of its ODE.
 
-The chain of a discrete schedule bounds the negative log-likelihood of images of 256 grey levels:
+The chain of a discrete schedule bounds the negative log-likelihood of images of K grey levels, 256 of 8 bits:
 
     L = KL(q(x_T | x_0) || N(0, I)) + sum_t L_t        L_t: see `Posterior.bits`        (Eq. 5, Ho et al. 2020)
 
@@ -17,9 +17,9 @@ z = (1 - r_0) y, it is integrated to the noisiest, r_1, whose density is the nor
 This is the density of images with the noise of the cleanest level, u = sigma / alpha, which samplers take off last.
 
 Grey levels have probabilities and no density. Spread evenly over their bins they have (Sec. 3.1, Theis et al. 2016):
-y = (k + v - 1/2) / 127.5 - 1, v in [0, 1), keeps each level k in the middle of its bin, whose width is 2 / 255. As
-E_v ln p(y) + C H W ln(2 / 255) <= ln P(k), the bits per dimension are -log2 p(y) / (C H W) + log2 127.5: at least those
-of P. (With y = (k + v) / 128 - 1 the constant would be 7, and images would be darker than those that were trained on.)
+y = (k + v - 1/2) w - 1, v in [0, 1), keeps each level k in the middle of its bin, whose width is w = 2 / (K - 1). As
+E_v ln p(y) + C H W ln w <= ln P(k), the bits per dimension are -log2 p(y) / (C H W) - log2 w: at least those of P.
+(With y = (k + v) / 128 - 1 the constant of 8 bits would be 7, and images darker than those that were trained on.)
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,6 @@ from src.diffusion.schedules import DiscreteSchedule
 
 Variance = Literal["posterior", "beta", "learned"]
 Progress = Callable[[float], object]  # is told the share that is done
-BIN = 2 / 255  # the distance of two grey levels in [-1, 1]
 
 
 def _untold(share: float) -> None: ...
@@ -66,16 +65,18 @@ def vlb(
     clip: bool = True,
     times: Sequence[int] | None = None,
     progress: Progress = _untold,
+    levels: int = 256,
 ) -> Bound:
     """The variational bound of images, with one draw of x_t for each image and time.
 
     Args:
         denoise: its answer must depend on x_t and the level alone.
-        x0: (B, C, H, W) images whose values are among the 256 grey levels of [-1, 1], in the precision wanted.
+        x0: (B, C, H, W) images whose values are among the grey levels of [-1, 1], in the precision wanted.
         noise: gives a fresh standard normal like x0 a call.
         variance: of the reverse steps; see `samplers.DDPM`.
         clip: clip the guess of x0 to [-1, 1].
         times: see `stratified_times`; None for all.
+        levels: how many grey levels there are.
 
     Raises:
         ValueError: for a schedule without a chain, or a learned variance of a denoiser that learns none.
@@ -100,7 +101,7 @@ def vlb(
         else:
             log_variance = posterior.fixed_log_variance(t, x0, beta=variance == "beta")
         x0_hat = guess.x0.clamp(-1, 1) if clip else guess.x0
-        terms.append(posterior.bits(x0, x_t, x0_hat, log_variance, t))
+        terms.append(posterior.bits(x0, x_t, x0_hat, log_variance, t, levels))
         progress(done / len(times))
     each = torch.stack(terms, dim=1)
     prior = prior_bits(schedule, x0)
@@ -269,11 +270,11 @@ def unit_probes(shape: Sequence[int]) -> Tensor:
     return D**0.5 * torch.eye(D).view(D, 1, *shape)
 
 
-def dequantized(images: Tensor, v: Tensor) -> Tensor:
-    """Images (B, C, H, W) uint8, spread over the bins of their grey levels by v in [0, 1), float64."""
-    return (images.double() + v.double() - 0.5) * BIN - 1
+def dequantized(images: Tensor, v: Tensor, levels: int = 256) -> Tensor:
+    """Images (B, C, H, W) uint8 or uint16, spread over the bins of their grey levels by v in [0, 1), float64."""
+    return (images.double() + v.double() - 0.5) * (2 / (levels - 1)) - 1
 
 
-def dequantized_bits(log_p: Tensor, D: int) -> Tensor:
+def dequantized_bits(log_p: Tensor, D: int, levels: int = 256) -> Tensor:
     """Bits per dimension of grey levels from ln p of their dequantised images of D numbers."""
-    return -(log_p / D + log(BIN)) / log(2)
+    return -(log_p / D + log(2 / (levels - 1))) / log(2)

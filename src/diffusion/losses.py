@@ -34,12 +34,16 @@ class Terms(NamedTuple):
     t: Tensor
     posterior: Posterior | None
 
-    def bits(self) -> Tensor:
-        """T times the term of the bound at t, (B,): each term an estimate of their sum, in bits per dimension."""
+    def bits(self, levels: int) -> Tensor:
+        """T times the term of the bound at t, (B,): each term an estimate of their sum, in bits per dimension.
+
+        Args:
+            levels: how many grey levels images have.
+        """
         assert self.posterior is not None
         assert self.v is not None
         log_variance = self.posterior.learned_log_variance(self.v, self.t)
-        term = self.posterior.bits(self.x0, self.x_t, self.x0_hat, log_variance, self.t)
+        term = self.posterior.bits(self.x0, self.x_t, self.x0_hat, log_variance, self.t, levels)
         return len(self.posterior.log_beta) * term
 
 
@@ -63,22 +67,25 @@ class Hybrid:
 
     Args:
         weight: of L_vlb in bits per dimension; Nichol & Dhariwal use 0.001.
+        levels: grey levels that images have: 256 of 8 bits, 65536 of 16.
 
     Raises:
-        ValueError: when weight is not positive.
+        ValueError: when weight is not positive, or levels less than 2.
     """
 
     weight: float = 0.001
+    levels: int = 256
     learned_variance = True
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight={self.weight} must be positive; Nichol & Dhariwal use 0.001")
+        _check_levels(self.levels)
 
     def __call__(self, terms: Terms) -> Tensor:
         """The loss of each image, (B,)."""
         frozen = terms._replace(x0_hat=terms.x0_hat.detach())
-        return terms.error + self.weight * frozen.bits()
+        return terms.error + self.weight * frozen.bits(self.levels)
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,28 @@ class Vlb:
     """L_vlb, in bits per dimension: T times the term of the drawn t (Sec. 3.3, Nichol & Dhariwal 2021).
 
     Its terms differ by orders of magnitude over t; they draw t with density=importance.
+
+    Args:
+        levels: see `Hybrid`.
+
+    Raises:
+        ValueError: when levels is less than 2.
     """
 
+    levels: int = 256
     learned_variance = True
+
+    def __post_init__(self) -> None:
+        _check_levels(self.levels)
 
     def __call__(self, terms: Terms) -> Tensor:
         """The loss of each image, (B,)."""
-        return terms.bits()
+        return terms.bits(self.levels)
+
+
+def _check_levels(levels: int) -> None:
+    if levels < 2:
+        raise ValueError(f"levels={levels} must be at least 2; images of 8 bits have 256, of 16 bits 65536")
 
 
 class Uncertainty(nn.Module):

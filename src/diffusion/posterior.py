@@ -4,7 +4,7 @@
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))                          (Eq. 5, Ho et al. 2020)
 
 tilde beta_0 is 0; its logarithm is taken from t = 1, as is that of beta_0 where beta is the variance. At t = 0 the term
-is the negative log-likelihood of the image's 256 grey levels under p(x_0 | x_1) (Eq. 13).
+is the negative log-likelihood of the image's grey levels, 256 or as many as there are, under p(x_0 | x_1) (Eq. 13).
 """
 
 from math import log
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from src.diffusion.schedules import DiscreteSchedule
-
-LEVEL = 1 / 255  # half the distance of two grey levels in [-1, 1]
 
 
 class Posterior:
@@ -58,19 +56,22 @@ class Posterior:
         first = (t == 0).view(small.shape)
         return torch.where(first, small, large) if beta else small
 
-    def bits(self, x0: Tensor, x_t: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
+    def bits(
+        self, x0: Tensor, x_t: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor, levels: int = 256
+    ) -> Tensor:
         """The term of each image's variational bound at its time t, (B,) bits per dimension.
 
         Args:
-            x0: (B, C, H, W) images whose values are among the 256 grey levels of [-1, 1].
+            x0: (B, C, H, W) images whose values are among the grey levels of [-1, 1].
             x_t: (B, C, H, W) the images with the noise of the times t (B,).
             x0_hat: (B, C, H, W) the model's guess of x0.
             log_variance: broadcasts to (B, C, H, W), the model's ln variance of x_{t-1}.
+            levels: how many grey levels there are: 256 of 8 bits.
         """
         truth, guess = self.mean(x0, x_t, t), self.mean(x0_hat, x_t, t)
         _, _, true_log_variance, _ = self._rows(t, x_t)
         divergence = normal_kl(truth, true_log_variance, guess, log_variance)
-        nll = -discretized_log_likelihood(x0, guess, log_variance)
+        nll = -discretized_log_likelihood(x0, guess, log_variance, levels)
         first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
         return torch.where(first, nll, divergence).flatten(1).mean(1) / log(2)
 
@@ -96,25 +97,26 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
     return 0.5 * (difference - 1 + (-difference).exp() + (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
-def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
     """ln probability of the grey level x0 under N(mean, variance), whose first and last levels reach to infinity.
 
     With the exact normal distribution function, in the tail that holds the smaller numbers, where a difference keeps
     its digits (Eq. 13, Ho et al. 2020; their code approximates it by a tanh).
     """
+    half = 1 / (levels - 1)  # of the distance of two levels in [-1, 1]
     centred = x0 - mean
     inverse_std = (-0.5 * log_variance).exp()
     # in the coordinate that points away from the mean both ends are in the same tail
     sign = torch.where(centred > 0, -1.0, 1.0)
-    upper = torch.where(sign > 0, centred + LEVEL, -centred + LEVEL) * inverse_std
-    lower = torch.where(sign > 0, centred - LEVEL, -centred - LEVEL) * inverse_std
+    upper = torch.where(sign > 0, centred + half, -centred + half) * inverse_std
+    lower = torch.where(sign > 0, centred - half, -centred - half) * inverse_std
     log_upper, log_lower = log_ndtr(upper), log_ndtr(lower)
     # ln(Phi(upper) - Phi(lower)); equal where the level is too far for any digits
     gap = (log_lower - log_upper).clamp(max=-1e-7)
     inside = log_upper + torch.log(-torch.expm1(gap))
-    lowest = log_ndtr((centred + LEVEL) * inverse_std)
-    highest = log_ndtr(-(centred - LEVEL) * inverse_std)
-    return torch.where(x0 < -1 + LEVEL, lowest, torch.where(x0 > 1 - LEVEL, highest, inside))
+    lowest = log_ndtr((centred + half) * inverse_std)
+    highest = log_ndtr(-(centred - half) * inverse_std)
+    return torch.where(x0 < -1 + half, lowest, torch.where(x0 > 1 - half, highest, inside))
 
 
 def log_ndtr(z: Tensor) -> Tensor:

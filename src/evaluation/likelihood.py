@@ -70,6 +70,21 @@ class Subject:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
 
+def _levels(subject: Subject) -> int:
+    """How many grey levels the images have.
+
+    Raises:
+        ValueError: when they are floats.
+    """
+    levels = subject.data.num_levels
+    if levels is None:
+        raise ValueError(
+            "bits per dimension are those of whole numbers, and these images are floats; leave this score out, or "
+            "score images of 8 or 16 bits"
+        )
+    return levels
+
+
 class Part(NamedTuple):
     """One batch of a subject.
 
@@ -167,6 +182,7 @@ class Vlb:
             )
         if self.variance == "learned" and not learned:
             raise ValueError("variance=learned needs a network that learns it; choose posterior or beta")
+        _levels(subject)
         self._times(subject)
 
     def __call__(self, subject: Subject) -> dict[str, Score]:
@@ -175,13 +191,13 @@ class Vlb:
         auto: Variance = "learned" if learned else "posterior"
         variance = auto if self.variance == "auto" else self.variance
         times = self._times(subject)
-        schedule = subject.diffusion.schedule
+        schedule, levels = subject.diffusion.schedule, _levels(subject)
 
         def bound(part: Part) -> Bound:
             x0 = normalize(part.images).to(subject.device, subject.dtype)
             noise = NoiseStream(mix(subject.seed, CHAIN), part.indices, tuple(x0.shape[1:]), subject.device)
             with torch.no_grad():
-                rows = vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress)
+                rows = vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress, levels)
             return Bound(*(row.double().cpu() for row in rows))
 
         shape = tuple(subject.data.images.shape[1:])
@@ -198,6 +214,7 @@ class Vlb:
             "num_timesteps": subject.diffusion.schedule.chain_length,
             "variance": variance,
             "clip": self.clip,
+            "levels": levels,
         }
         return {"vlb": mean_and_error(total, details)}
 
@@ -234,8 +251,9 @@ class Ode:
         """Before anything is computed.
 
         Raises:
-            ValueError: where there is no ODE.
+            ValueError: where there is no ODE, or images are floats.
         """
+        _levels(subject)
         subject.diffusion.schedule.levels(2, "linspace")
 
     def __call__(self, subject: Subject) -> dict[str, Score]:
@@ -245,14 +263,16 @@ class Ode:
         other than the first.
         """
 
+        levels = _levels(subject)
+
         def solve(part: Part) -> tuple[Tensor, int]:
             shape = tuple(part.images.shape[1:])
             v, probes = self.draws(subject.seed, part.indices, shape)
-            y = dequantized(part.images, v).to(subject.device, subject.dtype)
+            y = dequantized(part.images, v, levels).to(subject.device, subject.dtype)
             density = ode_density(
                 part.denoise, subject.diffusion.schedule, y, probes.to(y), self.rtol, self.atol, part.progress
             )
-            return dequantized_bits(density.log_p, y[0].numel()).double().cpu(), density.evaluations
+            return dequantized_bits(density.log_p, y[0].numel(), levels).double().cpu(), density.evaluations
 
         indices = range(len(subject.data))
         solved = each(
@@ -267,6 +287,7 @@ class Ode:
             "atol": self.atol,
             "num_probes": self.num_probes,
             "dequantisation": "uniform",
+            "levels": levels,
         }
         return {"ode": mean_and_error(torch.cat(bits), details)}
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from src.build import build, refusals
-from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
 from src.diffusion.continuous import VarianceExploding
 from src.diffusion.gaussian import GaussianDiffusion
@@ -199,15 +198,11 @@ def look(config: dict[str, Any], out: Path) -> None:
     with refusals("diffusion"):
         diffusion = GaussianDiffusion(*parts)
     data = build(config["data"], "data")
-    if not isinstance(data, ImageDataModule):
-        raise UserError(
-            "images that are read while training goes on are not looked at before; preview some in a folder"
-        )
     data.setup("preview")
     if config["num_images"] > len(data.train):
         raise UserError(f"num_images={config['num_images']} is more than the {len(data.train)} training images")
     chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:COVARIANCE_IMAGES]
-    images = normalize(data.train.images[chosen])
+    images = normalize(data.train.take(chosen))
     torch.manual_seed(mix(config["seed"], 1))
     with refusals("data"):
         spectrum = Spectrum(images)
@@ -218,7 +213,10 @@ def look(config: dict[str, Any], out: Path) -> None:
     found = preview_data.look_at(data)
     on_images = preview_data.words_on(found, data)
 
-    title = " · ".join(type(part).__name__ for part in (*parts, data.source)) + f" {_size(data.image_shape)}"
+    title = (
+        " · ".join(type(part).__name__ for part in (*parts, getattr(data, "source", data)))
+        + f" {_size(data.image_shape)}"
+    )
     noise = torch.randn(config["num_images"], *data.image_shape, generator=generator(mix(config["seed"], 3), 0))
     strip = dissolve(images[: config["num_images"]], noise, curves)
     described = {

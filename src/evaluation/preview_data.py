@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from src.data.datamodule import ImageDataModule
+from src.data.first import FirstImages
 from src.data.images import ImageSet
 from src.data.loader import normalize
 from src.data.packed import Manifest
+from src.data.webdataset import WebDataModule
 from src.randomness import generator, mix
 
 LOOKED_AT = 2**31  # bytes of pixels, at most; of larger sets images that are spread evenly
@@ -27,13 +29,16 @@ FEW_SHARE = 0.05  # of what the median class has
 CROPPED = 0.2  # share of an image that is cut away
 USED = 0.25  # share of [-1, 1] that all values lie in
 
+Data = ImageDataModule | WebDataModule
+
 
 @dataclass(frozen=True)
 class Look:
     """What was found.
 
     Attributes:
-        train, val: number of images; looked_at: of those to train on, how many the rest was found out from.
+        train, val: number of images; looked_at: of those to train on, how many the rest was found out from. Of a
+            stream, all that was looked at counts as the images to train on.
         counts: of the images to train on, by class.
         lowest, highest, mean, std: of values as the network sees them, the last two (C,).
         histogram: (C, BINS) shares of values, between `edges`.
@@ -41,7 +46,7 @@ class Look:
         copies: numbers of images that are another's exact copy, each with the first one's.
         contradictions: how many of the copies have another label.
         leaks: numbers of validation images, each with that of a training image which is the same.
-        manifest: of the packed store; None for sets that come decoded.
+        manifest: of the packed store, or a stream's first images; None for sets that come decoded.
     """
 
     train: int
@@ -58,10 +63,10 @@ class Look:
     copies: list[tuple[int, int]]
     contradictions: int
     leaks: list[tuple[int, int]]
-    manifest: Manifest | None
+    manifest: Manifest | FirstImages | None
 
 
-def look_at(data: ImageDataModule) -> Look:
+def look_at(data: Data) -> Look:
     """Looks at the images of a datamodule that is set up."""
     train = data.train
     numbers = _spread(train)
@@ -99,7 +104,6 @@ def look_at(data: ImageDataModule) -> Look:
     mean = total[0] / pixels
     names = list(data.class_names)
     by_class = torch.bincount(train.labels, minlength=len(names)).tolist()
-    stores = data.stores
     return Look(
         train=len(train),
         val=len(data.val),
@@ -115,31 +119,62 @@ def look_at(data: ImageDataModule) -> Look:
         copies=copies,
         contradictions=contradictions,
         leaks=leaks,
-        manifest=stores[0].manifest if stores and stores[0] is not None else None,
+        manifest=_manifest(data),
     )
 
 
-def words_on(found: Look, data: ImageDataModule) -> list[dict[str, Any]]:
-    """What looks wrong, each with its name and the numbers behind it; one sentence when nothing does."""
+def _manifest(data: Data) -> Manifest | FirstImages | None:
+    if isinstance(data, WebDataModule):
+        return data.first
+    return data.stores[0].manifest if data.stores and data.stores[0] is not None else None
+
+
+def words_on(found: Look, data: Data) -> list[dict[str, Any]]:
+    """What was looked at where that is not all, and what looks wrong, each with its name and the numbers behind it; one
+    sentence when nothing does."""
     said = (
         list(_on_values(found, data))
-        + list(_on_classes(found))
-        + list(_on_shapes(found))
+        + list(_on_classes(found, data))
+        + list(_on_shapes(found, data))
         + list(_on_copies(found, data))
     )
+    part = list(_on_number(found, data))
     if said:
-        return said
+        return part + said
     low, high = found.lowest, found.highest
     sentence = (
         f"Nothing looks wrong with the images: {found.train:,} to train and {found.val:,} to validate on, values from "
         f"{low:.2f} to {high:.2f}, no exact copies, none nearly constant"
     )
+    if part:
+        sentence = sentence.replace("the images", "these")
     if len(found.counts) > 1:
         sentence += f", and at least {min(found.counts.values()):,} images of each of {len(found.counts)} classes"
-    return [_said("images_look_right", sentence + ".", train=found.train, val=found.val, lowest=low, highest=high)]
+    right = _said("images_look_right", sentence + ".", train=found.train, val=found.val, lowest=low, highest=high)
+    return [*part, right]
 
 
-def _on_values(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
+def _on_number(found: Look, data: Data) -> Iterator[dict[str, Any]]:
+    number = found.looked_at
+    if isinstance(data, WebDataModule):
+        yield _said(
+            "first_images",
+            f"Looked at: the first {_images(number)} that training would see, from {len(data.shards):,} shards; what "
+            f"is counted is counted among these. data.shuffle={data.shuffle} says how many, up to one epoch.",
+            number=number,
+            shards=len(data.shards),
+        )
+    elif number < found.train:
+        yield _said(
+            "some_images",
+            f"Looked at: {_images(number)} of {found.train:,}, spread evenly; copies, nearly constant images and "
+            "values are those of these.",
+            number=number,
+            of=found.train,
+        )
+
+
+def _on_values(found: Look, data: Data) -> Iterator[dict[str, Any]]:
     low, high = found.lowest, found.highest
     numbers = {"lowest": low, "highest": high}
     if low < -1.000001 or high > 1.000001:
@@ -169,36 +204,39 @@ def _on_values(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
         )
 
 
-def _on_classes(found: Look) -> Iterator[dict[str, Any]]:
+def _on_classes(found: Look, data: Data) -> Iterator[dict[str, Any]]:
     if len(found.counts) < 2:
         return
     median = sorted(found.counts.values())[len(found.counts) // 2]
     limit = max(FEW, FEW_SHARE * median)
+    mend = "add some, leave the class out with data.classes, or draw all classes equally often with data.balance=true"
+    if isinstance(data, WebDataModule):
+        mend = "look at more images with data.shuffle, or add some to the shards"
     few = sorted(((n, name) for name, n in found.counts.items() if n < limit), key=lambda pair: pair[0])
     if few:
         listed = ", ".join(f"{name} {n}" for n, name in few[:EXAMPLES]) + (", ..." if len(few) > EXAMPLES else "")
         yield _said(
             "small_classes",
             f"Few images: {len(few)} of {len(found.counts)} classes {_have(len(few))} fewer than {limit:.0f} images "
-            f"({listed}; the median class {median:,}); add some, leave the class out with data.classes, or draw all "
-            "classes equally often with data.balance=true.",
+            f"({listed}; the median class {median:,}); {mend}.",
             classes={name: n for n, name in few},
             limit=limit,
             median=median,
         )
 
 
-def _on_shapes(found: Look) -> Iterator[dict[str, Any]]:
+def _on_shapes(found: Look, data: Data) -> Iterator[dict[str, Any]]:
     if found.manifest is None:
         return
     count, cut = found.manifest.count, found.manifest.cropped["by_more_than_a_fifth"]
+    other = "" if isinstance(data, WebDataModule) else ", or crop=random, which shows other parts of other images"
     if cut:
         yield _said(
             "cropped",
             f"Cropped: {_images(cut)} of {count:,} {'lose' if cut > 1 else 'loses'} more than {CROPPED:.0%} to "
             f"cropping, on average all lose {found.manifest.cropped['mean']:.0%}; they come as "
             f"{_listed(list(found.manifest.sizes))}. Choose an image_size of their proportions"
-            f"{_fitting(found.manifest)}, or crop=random, which shows other parts of other images.",
+            f"{_fitting(found.manifest)}{other}.",
             number=cut,
             mean=found.manifest.cropped["mean"],
             limit=CROPPED,
@@ -220,7 +258,7 @@ def _on_shapes(found: Look) -> Iterator[dict[str, Any]]:
         )
 
 
-def _fitting(manifest: Manifest) -> str:
+def _fitting(manifest: Manifest | FirstImages) -> str:
     """A size about as large as the one there is, of the proportions of the commonest images that lose much."""
     _, height, width = manifest.shape
     for size in manifest.sizes:
@@ -232,7 +270,7 @@ def _fitting(manifest: Manifest) -> str:
     return ""
 
 
-def _on_copies(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
+def _on_copies(found: Look, data: Data) -> Iterator[dict[str, Any]]:
     if found.copies:
         number, share = len(found.copies), len(found.copies) / found.looked_at
         pairs = " and ".join(data.train.name(i) for i in reversed(found.copies[0]))
@@ -255,7 +293,7 @@ def _on_copies(found: Look, data: ImageDataModule) -> Iterator[dict[str, Any]]:
         )
 
 
-def chosen(data: ImageDataModule, seed: int) -> Tensor:
+def chosen(data: Data, seed: int) -> Tensor:
     """Numbers of training images for a picture: of each class in turn, as many as there is room for."""
     order = torch.randperm(len(data.train), generator=generator(mix(seed, 4), 0))
     labels = data.train.labels[order]

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
-from src.evaluation.preview_data import Look
+from src.evaluation.preview_data import Data, Look
 from src.evaluation.preview_picture import BLUE, FAINT, GREEN, INK, LINE, ORANGE, RED
 from src.files import replacing
 from src.pictures import to_uint8
@@ -22,11 +21,16 @@ COLUMNS = 10  # of images
 PANEL, GAP = 2.3, 1.1
 CAPTION = 0.24
 BARS = 12  # classes, and sizes, at most
+COLOUR_OF = {
+    "images_look_right": GREEN,
+    "first_images": INK,
+    "some_images": INK,
+}  # of sentences; else something is wrong
 COLOURS = (RED, GREEN, BLUE, ORANGE)
 
 
 def draw(
-    title: str, sentences: list[dict[str, Any]], found: Look, data: ImageDataModule, numbers: torch.Tensor, path: Path
+    title: str, sentences: list[dict[str, Any]], found: Look, data: Data, numbers: torch.Tensor, path: Path
 ) -> None:
     """One PNG: the sentences, the images with these numbers, and below them three panels."""
     text = [textwrap.wrap(sentence["sentence"], 132) for sentence in sentences]
@@ -51,7 +55,7 @@ def draw(
         figure.text(MARGIN / WIDTH, 1 - 0.22 / height, title, fontsize=14, weight="bold", va="top")
         y = 0.62
         for sentence, lines in zip(sentences, text, strict=True):
-            colour = GREEN if sentence["name"] == "images_look_right" else RED
+            colour = COLOUR_OF.get(sentence["name"], RED)
             figure.text((MARGIN - 0.2) / WIDTH, 1 - y / height, "\u25cf", color=colour, va="top", fontsize=11)
             figure.text(MARGIN / WIDTH, 1 - y / height, "\n".join(lines), va="top", fontsize=10.5, linespacing=1.3)
             y += LINE * len(lines) + 0.12
@@ -67,9 +71,7 @@ def draw(
             figure.savefig(temporary, format="png")
 
 
-def _images(
-    place: Any, found: Look, data: ImageDataModule, numbers: torch.Tensor, top: float, cell: float, high: float
-) -> None:
+def _images(place: Any, found: Look, data: Data, numbers: torch.Tensor, top: float, cell: float, high: float) -> None:
     names, several = list(data.class_names), len(found.counts) > 1
     for k, (image, number) in enumerate(zip(data.train.take(numbers), numbers.tolist(), strict=True)):
         axes = place(MARGIN + (k % COLUMNS) * cell, top + (k // COLUMNS) * high, 0.94 * cell, high - CAPTION)

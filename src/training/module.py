@@ -97,7 +97,8 @@ class DiffusionModule(TrainingModule):
         self.loss_by_level.add(u, losses, bad)
         if self.diffusion.density.learns and not bad:
             seen: Any = self.all_gather(torch.stack(self.seen))  # (parts, 3, B), or (processes, parts, 3, B)
-            in_rows = seen.movedim(-2, 0).movedim(1, -2).flatten(1)  # (3, rows of the step), in their order
+            process = -1 if self.interleaved and seen.ndim == 4 else -2
+            in_rows = seen.movedim(-2, 0).movedim(1, process).flatten(1)  # (3, rows of the step), in their order
             self.diffusion.density.learn(*in_rows[1:])
 
     def worst(self, losses: Tensor, u: Tensor) -> str:
@@ -106,6 +107,11 @@ class DiffusionModule(TrainingModule):
         alpha, sigma = (float(v) for v in self.diffusion.schedule.level(t))
         at = f"noise level t={float(t):g} (alpha {alpha:.3g}, sigma {sigma:.3g})"
         return f"the largest loss, {float(losses[row]):.3g}, is at {at}"
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether process r has the rows r, r + world_size, ... of a batch, as of a stream, and not a stretch of it."""
+        return getattr(getattr(self.trainer, "datamodule", None), "interleaved", False)
 
     def losses(self, batch: Batch, part: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the u that it was asked at, (B,) both.
@@ -119,14 +125,16 @@ class DiffusionModule(TrainingModule):
         x0 = batch.x0
         parts = self.trainer.world_size * self.accumulated
         total = len(x0) * parts
-        first = len(x0) * (part * self.trainer.world_size + self.global_rank)
-        rows = range(first, first + len(x0))
+        size, rank = self.trainer.world_size, self.global_rank
+        whole = range(part * size * len(x0), (part + 1) * size * len(x0))
+        rows = whole[rank::size] if self.interleaved else whole[rank * len(x0) :][: len(x0)]
+        own = slice(rows.start, rows.stop, rows.step)
         seed_device(x0.device, mix(self.seed, 1) + step)
-        u = self.diffusion.draw_u(total, x0.device)[first : rows.stop]
-        label_u = torch.rand(total, device=x0.device)[first : rows.stop]
+        u = self.diffusion.draw_u(total, x0.device)[own]
+        label_u = torch.rand(total, device=x0.device)[own]
         self_condition = self.self_conditioning and bool(torch.rand(()) < 0.5)  # a coin a step, drawn on the CPU
         seed_device(x0.device, mix(self.seed, 5, self.global_rank) + step * parts + part)  # for what networks draw
-        numbers = torch.arange(first, rows.stop, device=x0.device, dtype=torch.int32)
+        numbers = torch.arange(rows.start, rows.stop, rows.step, device=x0.device, dtype=torch.int32)
         give_keys(self.dropouts, scramble(numbers * GOLDEN ^ (mix(self.seed, 2, step) - 2**31)))
         t = self.diffusion.schedule.time(u)
         noise = self.draw_noise(step, rows, total, x0)

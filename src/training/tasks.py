@@ -85,6 +85,18 @@ class Diffusion:
                 f"model.num_classes={num_classes} is less than data.num_classes={data.num_classes}, and every label "
                 "needs its place; set model.num_classes='${data.num_classes}'"
             )
+        there = data.val.num_levels
+        levels = getattr(self.diffusion.loss, "levels", there)
+        if levels != there:
+            name = type(self.diffusion.loss).__name__.lower()
+            raise UserError(
+                f"loss={name} counts the bits of {levels} levels, and the images "
+                + (
+                    f"have {there}; set loss.levels={there}"
+                    if there
+                    else "are floats, which have none; use loss=simple"
+                )
+            )
         told, takes = data.augment.label_dim, getattr(net, "augment_dim", 0)
         if told and takes != told:
             raise UserError(

@@ -96,6 +96,30 @@ def test_start_continues_as_if_batches_had_been_drawn(start, rank):
     assert_same(islice(train(**settings, start=8 * start), 10), islice(train(**settings), start, start + 10))
 
 
+@pytest.mark.parametrize("balance", [False, True])
+def test_epochs_may_end_with_their_last_whole_batch(balance):
+    """48 of 50 images an epoch, none twice, other ones left out in each; shared by ranks and gone on with as always."""
+    settings = {"drop_last": True, "balance": balance}
+    stream = torch.cat([batch.index for batch in islice(train(**settings), 6 * 200)])
+    epochs = stream.view(200, 48)
+    assert all(len(epoch.unique()) == 48 for epoch in epochs)
+    assert len({tuple(sorted(epoch.tolist())) for epoch in epochs}) > 150
+    assert torch.equal(stream.unique(), torch.arange(50))
+    if not balance:
+        whole = torch.cat([batch.index for batch in islice(train(), 50)]).view(8, 50)
+        assert torch.equal(epochs[:8], whole[:, :48])  # the epochs' orders are those of all images
+    for rank in range(2):
+        shared = {**settings, "rank": rank, "world_size": 2}
+        assert_same(islice(train(**shared, start=8 * 17), 10), islice(train(**shared), 17, 27))
+    two = [islice(train(**settings, rank=rank, world_size=2), 20) for rank in range(2)]
+    for one, left, right in zip(islice(train(**settings), 20), *two, strict=True):
+        assert_same([one], [tuple(torch.cat(pair) for pair in zip(left, right, strict=True))])
+
+
+def test_an_epoch_without_a_remainder_drops_nothing():
+    assert_same(islice(train(48, n=48, drop_last=True), 3), islice(train(48, n=48), 3))
+
+
 def test_flips_are_per_image_exact_and_about_half():
     """Catches one flip for the whole batch, flips top to bottom, and a flip that an image keeps in every epoch."""
     data = image_set()

@@ -327,6 +327,7 @@ def test_all_broken(tmp_path):
 ODD = {
     "has 4 channels, and 3 are wanted; parts of it are transparent: save it without": noise(1, (6, 5, 4)),
     "has 2 channels, and 3 are wanted; make all images alike": noise(1, (6, 5, 2)),
+    "has 5 channels, and 3 are wanted; it may be channels x height x width": noise(1, (3, 6, 5)),
     "holds uint16 values, and the first image uint8": noise(1, dtype="uint16"),
     "holds float64 of shape": [np.zeros((6, 5, 3))],
     "is 6x6, which 6x5 would distort; use crop=center": noise(1, (6, 6, 3)),

@@ -1,6 +1,7 @@
 """python -m src.prepare, and training from what it wrote and from files that were packed on the way."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -199,14 +200,36 @@ def test_broken_files_are_named_and_nothing_is_left(command, tmp_path, name, ver
         outcome = command(verb, *arguments, "data.max_broken=1")
         assert outcome.code == 0, outcome.err
         assert (
-            f"note: 1 were left out, which manifest.json lists; the first, {sentence.replace(' is', ', is')}"
+            f"note: 1 was left out, which manifest.json lists; the first, {sentence.replace(' is', ', is')}"
             in outcome.out
         )
         assert json.loads((out / "manifest.json").read_text())["skipped"][0][0] == name
 
 
+def test_names_that_no_terminal_shows_are_escaped(command, tmp_path, cache):
+    """A line's end and a byte that is no text, in names of broken and of whole images: one sentence each."""
+    photos(tmp_path / "photos")
+    names = ["dog/a\nb.png", os.fsdecode(b"dog/\xff\x1b[2J.png")]
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(b"text")
+    arguments = ["data=folder", f"data.dir={tmp_path / 'photos'}"]
+    for name, escaped in zip(names, ("a\\nb.png", "\\udcff\\x1b[2J.png"), strict=True):
+        outcome = command("prepare", *arguments, f"out={tmp_path / 'out'}", "size=8")
+        assert outcome.code == 2
+        assert outcome.err.startswith(f"error: dog/{escaped} is text, not an image")
+        assert outcome.err.count("\n") == 1
+        (tmp_path / "photos" / name).write_bytes((tmp_path / "photos/cat/000.png").read_bytes())
+    settings = ["model=unet_tiny", "data.image_size=8", "data.val_images=2", "data.batch_size=4"]
+    outcome = command("preview", *arguments, *settings, f"out={tmp_path / 'seen'}")
+    assert outcome.code == 0, outcome.err
+    assert all(line.isprintable() for line in outcome.out.splitlines())
+    assert "the same as another to the bit" in outcome.out
+
+
 REFUSED = [
     (["data=digits", "size=8"], "these images need no preparing"),
+    (["data=webdataset", "size=8"], "shards are read while training goes on, and are not prepared"),
+    (["size=[8,8,3]"], "size: size=[8, 8, 3] is not one number, or height and width"),
     (["size=0"], "size: size=0 must be at least 1"),
     (["size=8x"], "size=8x is not a whole number or height by width, such as 48x64"),
     (["size=8", "crop=middle"], "crop=middle is not one of center, none, random"),
@@ -218,6 +241,7 @@ REFUSED = [
         ["size=8", "crop=none"],
         "cat/000.png is 12x16, which 8x8 would distort; use crop=center or crop=random; or leave",
     ),
+    (["size=8", "out={tmp}/photos/cat/000.png"], "choose another with out=<folder>"),
     (["size=8", "out={tmp}/photos"], "photos holds other files (cat, dog, fox)"),
     ([], "size has no value; set it with size=..."),
     (["size=8", "data=packed", "data.dir={tmp}"], "is no packed store"),
@@ -258,10 +282,37 @@ def test_packed_data_without_a_store_is_one_sentence(command, tmp_path):
         assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_a_small_store_is_padded_with_black(tmp_path, dtype):
+    """Catches a border of 0 around floats, whose black is -1, and one that is part of the size on one side alone."""
+    images = noise(12, (6, 4, 2), dtype)
+    pack(Made(images), Geometry((6, 4)), tmp_path / "store")
+    data = ImageDataModule(Packed(), str(tmp_path / "store"), 2, (10, 8), 1, 4, False, 4, pad=2)
+    data.setup()
+    assert (len(data.train), len(data.val)) == (8, 4)
+    for part in (data.train, data.val):
+        for i in range(len(part)):
+            original = images[int(part.name(i)[:5])].astype(np.float64)
+            black = -1 if dtype == "float32" else 0
+            expected = np.pad(original, ((2, 2), (2, 2), (0, 0)), constant_values=black).transpose(2, 0, 1)
+            np.testing.assert_array_equal(part.take(torch.tensor([i]))[0].double().numpy(), expected)
+
+
+def test_a_folder_is_resized_to_what_lies_within_the_border(tmp_path):
+    images = photos(tmp_path / "photos", 12, size=(8, 8))
+    data = module(tmp_path / "photos", image_size=12, pad=2)
+    data.setup()
+    assert data.train.store.shape == (6, 3, 12, 12)
+    inside = data.train.images[0, :, 2:10, 2:10].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(inside, images[data.train.name(0)])
+    with pytest.raises(ValueError, match="must be at least 1"):
+        module(tmp_path / "photos", image_size=4, pad=2).setup()
+
+
 def test_a_pad_that_would_copy_a_store_is_refused(tmp_path):
-    sparse(tmp_path / "store", 1e6)
+    sparse(tmp_path / "store", 1e9)
     data = ImageDataModule(Packed(), str(tmp_path / "store"), 3, 66, 1, 4, False, 4, pad=1)
-    with pytest.raises(ValueError, match=r"data\.pad=1 would copy a packed store into memory"):
+    with pytest.raises(ValueError, match=r"data\.pad=1 would copy 0\.9 GiB of images into memory; pack them"):
         data.setup()
 
 

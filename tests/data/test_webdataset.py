@@ -25,6 +25,7 @@ from src.data.shards import expand, samples
 from src.data.streaming import StreamLoader
 from src.data.webdataset import WebDataModule
 from src.errors import UserError
+from tests.data.files import encoded, npy, pixels
 
 CPU = torch.device("cpu")
 SHARDS = (9, 5, 12, 7, 1, 10)  # samples of each; 44 in all
@@ -301,7 +302,10 @@ def damage(folder: Path, kind: str) -> str:
         "no label": ({"000020.cls": None}, 'has no label: neither a .cls nor a .json with "label"'),
         "high label": ({"000020.cls": b"10"}, "has the label '10'; data.num_classes=10 allows 0 to 9"),
         "label in words": ({"000020.cls": b"cat"}, "has the label 'cat'"),
-        "grey": ({"000020.png": _grey()}, "has 1 channels, not 3 as data.channels says"),
+        "transparent": (
+            {"000020.png": _transparent()},
+            "has 4 channels, and 3 are wanted; parts of it are transparent",
+        ),
         "16 bits": ({"000020.png": None, "000020.npy": _npy()}, "is of uint16, and the first image to validate on of"),
     }
     changes, said = sample[kind]
@@ -310,10 +314,8 @@ def damage(folder: Path, kind: str) -> str:
     return f"000020 of {shard} {said}"
 
 
-def _grey() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (4, 4)).save(file, format="PNG")
-    return file.getvalue()
+def _transparent() -> bytes:
+    return encoded(pixels(4, 4, 4))
 
 
 def _npy() -> bytes:
@@ -323,7 +325,16 @@ def _npy() -> bytes:
 
 
 OF_SHARD = ("cut in half", "cut between files", "header", "text", "empty file", "gzip")
-OF_SAMPLE = ("empty image", "half an image", "no image", "no label", "high label", "label in words", "grey", "16 bits")
+OF_SAMPLE = (
+    "empty image",
+    "half an image",
+    "no image",
+    "no label",
+    "high label",
+    "label in words",
+    "transparent",
+    "16 bits",
+)
 
 
 @pytest.mark.parametrize("kind", [*OF_SHARD, *OF_SAMPLE])
@@ -341,6 +352,27 @@ def test_what_is_broken_is_named_or_skipped(shards, kind, capfd):
     assert others <= seen
     if kind in OF_SAMPLE:
         assert set(range(44)) - seen == {20}
+
+
+def test_grey_images_are_coloured_where_colour_is_wanted(shards):
+    """And those that are opaque lose what says so."""
+    opaque = np.full((4, 4, 4), 255, np.uint8)
+    opaque[..., 0] = 20
+    write(shards / "train-002.tar", {"g.png": encoded(np.full((4, 4, 1), 99, np.uint8)), "g.cls": b"3"})
+    write(shards / "train-003.tar", {"o.png": encoded(opaque), "o.cls": b"4"})
+    batches = list(islice(loader(module(shards, batch_size=2)), 40))
+    x0, label = (torch.cat(v) for v in (*zip(*((b.x0, b.label) for b in batches), strict=True),))
+    grey = ((x0 - (99 * 2 / 255 - 1)).abs() < 1e-6).flatten(1).all(1)
+    assert grey.any()
+    assert (label[grey] == 3).all()
+    assert (x0[label == 4][:, 2] == 1).any()
+
+
+def test_a_range_that_floats_leave_names_the_setting(shards):
+    write(shards / "train-000.tar", {"a.npy": npy(np.full((4, 4, 3), 2.0, np.float32)), "a.cls": b"1"})
+    write(shards / "val-000.tar", {"a.npy": npy(np.full((4, 4, 3), 0.5, np.float32)), "a.cls": b"1"})
+    with pytest.raises(UserError, match=r"set data\.float_range to what they span"):
+        list(islice(loader(module(shards, shards="train-000.tar", lanes=1)), 1))
 
 
 def test_more_that_is_broken_than_may_be(shards):

@@ -138,15 +138,19 @@ class Rounded:
     """Images whose numbers are N(mean, std^2), rounded to grey levels, as a Gaussian that includes the rounding."""
 
     mean, std = 0.1, 0.2
-    variance = std**2 + (2 / 255) ** 2 / 12
+
+    def __init__(self, levels=256):
+        self.levels = levels
+        self.grey = torch.arange(levels, dtype=torch.float64) * 2 / (levels - 1) - 1
+        self.variance = self.std**2 + (2 / (levels - 1)) ** 2 / 12
 
     def images(self, *shape):
         x = self.mean + self.std * torch.randn(*shape, generator=seeded(3), dtype=torch.float64)
-        return ((x + 1) * 127.5).round().clamp(0, 255).long()
+        return ((x + 1) * (self.levels - 1) / 2).round().clamp(0, self.levels - 1).long()
 
     def bits(self, k):
         """-log2 P(k) of each image, per dimension."""
-        edges = torch.special.ndtr((GREY[1:] + GREY[:-1]).sub(2 * self.mean) / (2 * self.std))
+        edges = torch.special.ndtr((self.grey[1:] + self.grey[:-1]).sub(2 * self.mean) / (2 * self.std))
         P = torch.diff(torch.cat([torch.zeros(1), edges, torch.ones(1)]).double())
         return -P[k].log2().flatten(1).mean(1)
 
@@ -170,18 +174,20 @@ class Rounded:
         return denoise
 
 
+@pytest.mark.parametrize("levels", [256, 65536])
 @pytest.mark.parametrize("schedule", [Linear(20, 1e-3, 0.6), Cosine(50)])
-def test_the_bound_of_a_perfect_gaussian_model_is_the_exact_likelihood(schedule):
+def test_the_bound_of_a_perfect_gaussian_model_is_the_exact_likelihood(schedule, levels):
     """Nothing is lost in any factor: the reverse steps of Gaussian data are Gaussian."""
-    data = Rounded()
+    data = Rounded(levels)
     k = data.images(400, 1, 8, 8)
     g = seeded(4)
     bound = vlb(
         data.denoiser(schedule),
         schedule,
-        GREY[k],
+        data.grey[k],
         lambda: torch.randn(400, 1, 8, 8, generator=g, dtype=torch.float64),
         "learned",
+        levels=levels,
     )
     difference = bound.total - data.bits(k)
     assert abs(difference.mean()) < 4 * difference.std() / 20
@@ -404,19 +410,22 @@ def test_the_hardest_image_of_a_batch_sets_the_step():
     torch.testing.assert_close(end, torch.sin(2 * rates), rtol=0, atol=1e-6)
 
 
-def test_dequantised_levels_lie_in_their_bins_and_their_middle_is_what_networks_see():
-    k = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
-    middle = dequantized(k, torch.full(k.shape, 0.5))
+@pytest.mark.parametrize(("levels", "dtype"), [(256, torch.uint8), (65536, torch.uint16)])
+def test_dequantised_levels_lie_in_their_bins_and_their_middle_is_what_networks_see(levels, dtype):
+    k = torch.arange(levels).to(dtype).view(-1, 1, 1, 1)
+    middle = dequantized(k, torch.full(k.shape, 0.5), levels)
     torch.testing.assert_close(middle.float(), normalize(k), rtol=0, atol=2e-7)
-    low, high = dequantized(k, torch.zeros(k.shape)), dequantized(k, torch.ones(k.shape))
+    low, high = (dequantized(k, v, levels) for v in (torch.zeros(k.shape), torch.ones(k.shape)))
     torch.testing.assert_close(low[1:], high[:-1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(high - low, torch.full(k.shape, 2 / 255, dtype=torch.float64), rtol=0, atol=1e-12)
+    width = torch.full(k.shape, 2 / (levels - 1), dtype=torch.float64)
+    torch.testing.assert_close(high - low, width, rtol=0, atol=1e-12)
 
 
-def test_the_uniform_density_has_eight_bits():
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_uniform_density_has_as_many_bits_as_the_images(bits):
     """Catches a wrong constant: over all bins, whose width is 256 * 2 / 255."""
-    log_p = torch.tensor([-192 * math.log(256 * 2 / 255)], dtype=torch.float64)
-    assert dequantized_bits(log_p, 192).item() == pytest.approx(8, abs=1e-12)
+    log_p = torch.tensor([-192 * math.log(2**bits * 2 / (2**bits - 1))], dtype=torch.float64)
+    assert dequantized_bits(log_p, 192, 2**bits).item() == pytest.approx(bits, abs=1e-12)
 
 
 def test_dequantised_bits_bound_those_of_the_grey_levels():

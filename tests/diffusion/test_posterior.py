@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy import stats
 
-from src.diffusion.posterior import LEVEL, Posterior, between, discretized_log_likelihood, log_ndtr, normal_kl
+from src.diffusion.posterior import Posterior, between, discretized_log_likelihood, log_ndtr, normal_kl
 from src.diffusion.schedules import Cosine, Linear
 
 GREY = torch.arange(256, dtype=torch.float64) * 2 / 255 - 1
+HALF = 1 / 255  # of the distance of two levels
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -101,7 +102,7 @@ def test_the_first_and_the_last_grey_level_reach_to_infinity():
     from src.data.loader import normalize
 
     ends = normalize(torch.tensor([0, 255], dtype=torch.uint8))
-    half = discretized_log_likelihood(ends, torch.tensor([-1 + LEVEL, 1 - LEVEL]), torch.tensor(-9.0)).exp()
+    half = discretized_log_likelihood(ends, torch.tensor([-1 + HALF, 1 - HALF]), torch.tensor(-9.0)).exp()
     torch.testing.assert_close(half, torch.tensor([0.5, 0.5]), rtol=0, atol=1e-4)
 
 
@@ -138,13 +139,14 @@ def test_the_gradient_is_that_of_the_value():
     assert torch.autograd.gradcheck(lambda m, v: discretized_log_likelihood(x0, m, v), (mean, log_variance))
 
 
-def test_float32_is_near_float64():
-    """As far as training needs it: 1e-3 nats, or 1e-4 of larger ones."""
+@pytest.mark.parametrize(("levels", "atol"), [(256, 1e-3), (65536, 1e-2)])
+def test_float32_is_near_float64(levels, atol):
+    """As far as training needs it: 1e-3 nats, or 1e-4 of larger ones; of 16 bits 1e-2."""
     mean, log_variance = 0.7 * normal(4096), -5 + 2 * normal(4096, seed=1)
-    x0 = GREY[torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(2))]
-    exact = discretized_log_likelihood(x0, mean, log_variance)
-    single = discretized_log_likelihood(x0.float(), mean.float(), log_variance.float())
-    torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-3)
+    x0 = torch.randint(0, levels, (4096,), generator=torch.Generator().manual_seed(2)).double() * 2 / (levels - 1) - 1
+    exact = discretized_log_likelihood(x0, mean, log_variance, levels)
+    single = discretized_log_likelihood(x0.float(), mean.float(), log_variance.float(), levels)
+    torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=atol)
 
 
 def test_the_term_of_an_image_is_its_likelihood_at_0_and_a_divergence_elsewhere():

@@ -1,17 +1,22 @@
 """What src.preview says of a set of images: each fault is planted, and told with its number."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from src.data.datamodule import ImageDataModule
 from src.data.geometry import Geometry
 from src.data.packed import Packed
 from src.data.packing import pack
+from src.errors import UserError
 from src.evaluation.preview_data import BINS, chosen, look_at, words_on
+from tests.data.files import encoded
 from tests.data.made import Made, noise
+from tests.data.test_webdataset import loader, module, numbers, shards, write  # noqa: F401
 
 
 def look(tmp_path, catalogue, size=(8, 8), channels=3, classes=1, val=4, **settings):
@@ -122,3 +127,82 @@ def test_the_command_draws_any_number_of_channels(command, tmp_path, channels):
     assert "Left out: 1 image could not be used, the first, 00003.png, is cut short." in outcome.out
     assert [said["name"] for said in content["sentences"]] == ["skipped"]
     assert len(content["mean"]) == channels
+
+
+def test_of_a_stream_the_first_images_are_looked_at(shards):  # noqa: F811
+    """They are those that training sees first: a window of each lane; the same each time."""
+    data, again = (module(shards, shuffle=12) for _ in range(2))
+    for each in (data, again):
+        each.setup("preview")
+    found = look_at(data)
+    first = numbers(islice(loader(module(shards, shuffle=12, batch_size=4)), 3))
+    pixels = data.train.images
+    assert sorted(pixels[:, 0, 0, 0].tolist()) == sorted(first)
+    assert torch.equal(pixels, again.train.images)
+    assert list(data.train.names) == list(again.train.names)
+    assert [int(name[:6]) for name in data.train.names] == pixels[:, 0, 0, 0].tolist()
+    assert all(name.endswith(".tar") and "/" not in name for name in data.train.names)
+    assert found.train == found.looked_at == sum(found.counts.values()) == 12
+    assert found.counts == {str(c): sum(n % 10 == c for n in first) for c in range(10)}
+    assert found.manifest.sizes == {"4x4": 12}
+    np.testing.assert_allclose(found.mean, pixels.double().mean((0, 2, 3)) * 2 / 255 - 1, atol=1e-12)
+    said = {sentence["name"]: sentence for sentence in words_on(found, data)}
+    assert said["first_images"]["numbers"] == {"number": 12, "shards": 6}
+    assert "the first 12 images that training would see, from 6 shards" in said["first_images"]["sentence"]
+    assert "data.balance" not in said["small_classes"]["sentence"]
+
+
+def test_of_a_short_stream_each_image_is_looked_at_once(shards):  # noqa: F811
+    """A window is longer than an epoch: 44 images, and not the copies of the epoch after."""
+    data = module(shards, shuffle=1000)
+    data.setup("preview")
+    assert sorted(data.train.images[:, 0, 0, 0].tolist()) == list(range(44))
+    assert not look_at(data).copies
+
+
+def test_of_a_stream_sizes_and_what_is_broken_are_told(shards):  # noqa: F811
+    """Also grey images, which become colour, and a shard that is cut."""
+    wide = np.random.default_rng(0).integers(0, 256, (4, 8, 1), dtype=np.uint8)
+    grey = encoded(np.ascontiguousarray(wide))
+    write(shards / "train-000.tar", {"a.png": grey, "a.cls": b"1", "b.png": grey[:60], "b.cls": b"1", "c.png": grey})
+    path = shards / "train-002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    data = module(shards, shuffle=1000, max_broken=3)
+    data.setup("preview")
+    assert data.first.sizes == {"4x4": 25, "4x8": 1}
+    assert data.first.cropped == {"by_more_than_a_fifth": 1, "mean": pytest.approx(0.5 / 26, abs=1e-12)}
+    row = [name[0] for name in data.train.names].index("a")
+    assert torch.equal(data.train.images[row], torch.from_numpy(wide[:, 2:6, 0]).expand(3, 4, 4))
+    said = {sentence["name"]: sentence for sentence in words_on(look_at(data), data)}
+    assert said["skipped"]["numbers"]["number"] == 3
+    assert "crop=random" not in said["cropped"]["sentence"]
+    with pytest.raises(UserError, match=r"data\.max_broken=3"):
+        module(shards, shuffle=1000, max_broken=2).setup("preview")
+
+
+def test_training_images_of_a_stream_are_for_a_preview_alone(shards):  # noqa: F811
+    data = module(shards)
+    data.setup()
+    with pytest.raises(UserError, match="only a stream of them"):
+        data.train  # noqa: B018
+
+
+def test_the_command_draws_a_stream(command, shards, tmp_path):  # noqa: F811
+    settings = ["data.shards=train-*.tar", "data.val_shards=val-*.tar", "data.image_size=4", "data.num_classes=10"]
+    arguments = ["data=webdataset", f"data.dir={shards}", *settings, "data.shuffle=20", "data.batch_size=4"]
+    outcome = command("preview", *arguments, "model=unet_tiny", f"out={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+    assert "Looked at: the first 20 images that training would see, from 6 shards" in outcome.out
+    assert Image.open(tmp_path / "out" / "data.png").width == 1440
+    content = json.loads((tmp_path / "out" / "preview.json").read_text())["data"]
+    assert content["looked_at"] == sum(content["counts"].values()) == 20
+
+
+def test_of_many_images_some_are_looked_at_and_that_is_said(tmp_path, monkeypatch):
+    """No more is read of a mapped file than that."""
+    monkeypatch.setattr("src.evaluation.preview_data.LOOKED_AT", 30 * 8 * 8 * 3)
+    monkeypatch.setattr("src.data.selection.COPIED", 0)
+    found, said, _ = look(tmp_path, Made(noise(60, (8, 8, 3))))
+    assert (found.train, found.looked_at) == (56, 30)
+    assert said["some_images"]["sentence"].startswith("Looked at: 30 images of 56, spread evenly;")
+    assert list(said) == ["some_images", "images_look_right"]
