@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.__main__ import write_section
 from benchmarks.quality_race import __main__ as command
-from benchmarks.quality_race import clock, contenders, page, records
+from benchmarks.quality_race import child, clock, contenders, page, records
 from benchmarks.quality_race.entries import (
     DIFFUSERS,
     DIFFUSERS_SAME,
@@ -28,7 +28,7 @@ COMMON = {
     "evaluations": 50,
     "device": "cpu: two cores",
     "versions": {"python": "3.11", "torch": "2.0"},
-    "judges": {"first": {"accuracy": 0.99, "sha256": "a"}, "second": {"accuracy": 0.99, "sha256": "b"}},
+    "judges": {"first": {"accuracy": 0.99, "sha256": "a"}, "second": {"accuracy": 0.985, "sha256": "b"}},
 }
 SETTINGS = {OURS: {"samplers": ["unipc"], "model": {"width": 64}}, DIFFUSERS: {"batch": 64, "lr": 1e-3}}
 
@@ -235,7 +235,8 @@ def test_the_tables_say_what_is_missing_and_how_far_seeds_are_apart():
         diffusers={0: record(60.04, 50, peak=2**31, sampler="dpmsolver++", planned=2010)},
     )
     same, own = page.tables(found, [0, 1, 2])
-    assert same[0] == "same network, 10 minutes of training, 1,000 samples"
+    read = "the classifiers read 99.00% and 98.50% of the test set right"
+    assert same[0] == f"same network, 10 minutes of training, 1,000 samples; {read}"
     assert own[0] == (
         "each its own network, 10 minutes of training, 1,000 samples; memory at the peak: diffusers more than ours"
     )
@@ -361,6 +362,12 @@ def test_a_loop_ends_with_its_steps_or_with_the_clock_and_draws(name, place):
     assert entry.batch == 16
     if name.endswith("same network") or name == OURS:
         assert entry.parameters == 703_076
+
+
+def test_a_process_that_fails_is_named(tmp_path):
+    place = {"data": str(tmp_path / "none"), "png": "", "folder": str(tmp_path / "work"), "seed": 7}
+    with pytest.raises(child.Failed, match=r"^diffusers, seed 7, has failed with exit code 2$"):
+        child.run(DIFFUSERS, with_options(DIFFUSERS, []), [], place, 1.0, 2)
 
 
 def test_pixels_are_rounded_and_clamped():

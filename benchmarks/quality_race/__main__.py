@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_race.child import Failed
 from benchmarks.quality_race.entries import (
     EVALUATIONS,
     LUCIDRAINS,
@@ -41,6 +42,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Failed as failed:
+        sys.exit(f"error: {failed}")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     for name, seed in records.missing(kept, args.only, args.seeds):
         try:
             record = make(name, seed, args.work / folder_name(name) / f"seed={seed}")
-        except RuntimeError as error:
+        except Failed as error:
             failed.append(str(error))
             continue
         records.keep(kept, name, settings[name], seed, record)

@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = "result.json"
 
 
+class Failed(Exception):  # noqa: N818
+    """An entry's process has, and has said why."""
+
+
 def run(
     name: str,
     options: Options,
@@ -37,7 +41,7 @@ def run(
         number: of samples.
 
     Raises:
-        RuntimeError: when the process fails.
+        Failed: when the process fails.
     """
     plan = {
         "name": name,
@@ -51,7 +55,7 @@ def run(
     command = [sys.executable, "-m", "benchmarks.quality_race.child", json.dumps(plan)]
     code = subprocess.run(command, cwd=ROOT, env={**os.environ, **on_cpu}).returncode
     if code:
-        raise RuntimeError(f"{name}, seed {place['seed']}, has failed with exit code {code}")
+        raise Failed(f"{name}, seed {place['seed']}, has failed with exit code {code}")
     return dict(json.loads(Path(place["folder"], RESULT).read_text()))
 
 

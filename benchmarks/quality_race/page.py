@@ -63,10 +63,12 @@ def tables(kept: Kept, seeds: Sequence[int]) -> list[Table]:
     settings = kept["settings"]  # of which a trial has others
     common = f"{settings['minutes']:g} minutes of training, {settings['samples']:,} samples"
     made: list[Table] = []
+    accuracies = " and ".join(f"{settings['judges'][judge]['accuracy']:.2%}" for judge in JUDGES)
+    read = f"; the classifiers read {accuracies} of the test set right"
     for title, names in TABLES.items() if kept["entries"] else ():
         rows = [row(name, records(kept, name), len(seeds)) for name in names]
         rows.append(real_row(kept["real"]))
-        made.append((f"{title}, {common}{memory(kept, names)}", HEADER, rows))
+        made.append((f"{title}, {common}{memory(kept, names)}{'' if made else read}", HEADER, rows))
     if kept["tried"]:
         made.append(("tried", TRIED, [cells for trial in kept["tried"] for cells in tried_rows(trial)]))
     return made
