@@ -140,9 +140,14 @@ class Poison(Callback):
         self.once = once
         self._own: torch.Tensor | None = None
 
+    def _first(self, module: LightningModule) -> torch.Tensor:
+        """The layer's first weight, in place."""
+        weight = local(module.net.get_parameter(self.layer))
+        return weight[(slice(1),) * weight.ndim]
+
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        weight = local(pl_module.net.get_parameter(self.layer)).view(-1)[:1]
+        weight = self._first(pl_module)
         guard: Any = next(c for c in trainer.callbacks if type(c).__name__ == "Guard")  # type: ignore[attr-defined]
         if trainer.global_step in self.steps and guard.restores <= self.restores:
             self._own = weight.clone() if self.once else None
@@ -151,7 +156,7 @@ class Poison(Callback):
     @torch.no_grad()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._own is not None:
-            local(pl_module.net.get_parameter(self.layer)).view(-1)[:1] = self._own
+            self._first(pl_module).copy_(self._own)
             self._own = None
 
 

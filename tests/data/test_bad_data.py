@@ -59,7 +59,9 @@ def refused(command, tmp_path, monkeypatch):
         assert [line for line in sentences if line.startswith("error: ")] == sentences[-1:]
         assert words in sentences[-1]
         assert "Traceback" not in outcome.err
-        left = [p for p in (tmp_path / "cache" / "diffusion-lab").rglob("*") if p.is_file() and p.suffix != ".lock"]
+        left = [
+            p for p in (tmp_path / "cache" / "diffusion-lab" / "data").rglob("*") if p.is_file() and p.suffix != ".lock"
+        ]
         assert left == []
         assert not (tmp_path / "run").exists()
         assert set(tmp_path.iterdir()) - before <= {tmp_path / "cache"}

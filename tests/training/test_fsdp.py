@@ -8,11 +8,11 @@ import torch
 
 from tests.faults import state
 from tests.helpers import rows
-from tests.training.test_ddp import one  # noqa: F401 (a fixture)
 from tests.warm import finish
 
 TWO = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"]
-ALONE = ["trainer.strategy=auto", "trainer.devices=1"]
+FIRST = "trainer.channels_last=false"  # as fsdp has it, which counts the elements that dropout takes the same way
+ALONE = ["trainer.strategy=auto", "trainer.devices=1", FIRST]
 
 
 def fsdp(*arguments: str, output: Path) -> str:
@@ -29,6 +29,14 @@ def assert_same_state(a: Path, b: Path, atol: float) -> None:
 
 
 @pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Twenty steps in one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    assert finish("experiment=smoke", FIRST, f"hydra.run.dir={run}", output=run.parent / "log") == 0
+    return run
+
+
+@pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Twenty steps in two processes."""
     run = tmp_path_factory.mktemp("two") / "run"
@@ -36,7 +44,7 @@ def two(tmp_path_factory):
     return run, fsdp("experiment=smoke", *TWO, parts, f"hydra.run.dir={run}", output=run.parent / "log")
 
 
-def test_two_processes_have_the_weights_of_one(one, two):  # noqa: F811
+def test_two_processes_have_the_weights_of_one(one, two):
     assert_same_state(one, two[0], atol=1e-6)
     for a, b in zip(rows(one), rows(two[0]), strict=True):
         for column in ("train/loss", "train/grad_norm", "val/loss_raw", "val/loss_ema", "val/loss_ema_q1"):
@@ -61,7 +69,7 @@ def test_its_checkpoint_samples_in_one_process(command, two, tmp_path):
 
 
 @pytest.mark.parametrize("direction", ["from two to one", "from one to two"])
-def test_it_goes_on_from_step_10(one, two, tmp_path, direction):  # noqa: F811
+def test_it_goes_on_from_step_10(one, two, tmp_path, direction):
     run = tmp_path / "run"
     to_one = direction == "from two to one"
     shutil.copytree(two[0] if to_one else one, run)
@@ -83,7 +91,7 @@ def test_every_part_has_its_say(tmp_path):
         *("averages=edm2", "callbacks.ema.snapshot_every_n_steps=10", "data.val_images=65"),
         *("data.batch_size=16", "trainer.accumulate_grad_batches=2"),
     ]
-    assert finish("experiment=smoke", *settings, f"hydra.run.dir={runs[0]}", output=tmp_path / "log") == 0
+    assert finish("experiment=smoke", FIRST, *settings, f"hydra.run.dir={runs[0]}", output=tmp_path / "log") == 0
     fsdp("experiment=smoke", *settings, *TWO, f"hydra.run.dir={runs[1]}", output=tmp_path / "log of two")
     assert_same_state(*runs, atol=2e-6)
     a, b = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
