@@ -118,6 +118,7 @@ def _values(axes: Axes, found: Look) -> None:
     for limit in (-1, 1):
         axes.axvline(limit, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yscale("log")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(
         "values that the network sees, % a bin", loc="left", fontsize=10, pad=8 + 13 * min(4, len(found.mean))
     )

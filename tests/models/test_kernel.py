@@ -1,9 +1,5 @@
 """The compiled group norm: values and gradients of torch's in float64, for every image by itself, or torch's own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,34 +123,41 @@ def test_what_the_c_does_not_know_is_torchs():
     torch.testing.assert_close(norm(x.contiguous()), expected)
 
 
-def in_a_process(code, **environment):
-    found = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=found, check=True).stdout
+@pytest.fixture
+def chosen(monkeypatch, tmp_path):
+    """Whether trainer=auto takes channels-last with this environment and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def ask(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        kernel.library.cache_clear()
+        return TrainerSettings(accelerator="cpu").chosen_channels_last
+
+    yield ask
+    kernel.library.cache_clear()
 
 
-CHOSEN = "from src.training.trainer import TrainerSettings as T; print(T(accelerator='cpu').chosen_channels_last)"
-
-
-def test_without_a_compiler_images_stay_channels_first(tmp_path):
+def test_without_a_compiler_images_stay_channels_first(chosen, tmp_path, capfd):
     """And nothing is said or left."""
-    empty = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path), "CC": ""}
-    assert in_a_process(CHOSEN, **empty).strip() == "False"
+    assert not chosen(PATH=str(tmp_path), CC="")
     assert not list(tmp_path.rglob("*.so*"))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("script", ["exit 1", 'echo nonsense > "${@: -2:1}"'], ids=["fails", "makes no library"])
-def test_a_compiler_that_does_not_work_is_as_none(tmp_path, script):
+def test_a_compiler_that_does_not_work_is_as_none(chosen, tmp_path, script):
     broken = tmp_path / "cc"
     broken.write_text(f"#!/bin/bash\n{script}\n")
     broken.chmod(0o755)
-    assert in_a_process(CHOSEN, XDG_CACHE_HOME=str(tmp_path), CC=str(broken)).strip() == "False"
+    assert not chosen(CC=str(broken))
 
 
-def test_it_is_compiled_once(tmp_path):
-    assert in_a_process(CHOSEN, XDG_CACHE_HOME=str(tmp_path)).strip() == "True"
+def test_it_is_compiled_once(chosen, tmp_path):
+    assert chosen()
     (made,) = tmp_path.rglob("*.so")
     before = made.stat().st_mtime_ns
-    assert in_a_process(CHOSEN, XDG_CACHE_HOME=str(tmp_path)).strip() == "True"
+    assert chosen()
     assert made.stat().st_mtime_ns == before
 
 
