@@ -20,15 +20,15 @@ DIFFUSERS_SAME, LUCIDRAINS_SAME = "diffusers, same network", "lucidrains, same n
 
 EVALUATIONS = 50  # of the network, a sample
 SAMPLERS = {DIFFUSERS: ("ddim", "dpmsolver++"), LUCIDRAINS: ("ddim",)}  # of the peers
-TWICE = ("heun", "midpoint")  # our samplers that ask the network twice a step
+TWICE = ("heun", "heun_churn", "edm", "midpoint")  # our samplers that ask the network twice a step
 
 Options = dict[str, Any]
 
 # Those of the peers are to be made as good as they get: `--try` runs one trial.
 TUNED: dict[str, Options] = {
-    OURS: {"samplers": ["unipc"], "overrides": []},
-    DIFFUSERS_SAME: {"batch": 64, "lr": 1e-4, "warmup": 500, "samplers": [*SAMPLERS[DIFFUSERS]]},
-    LUCIDRAINS_SAME: {"batch": 64, "lr": 1e-4, "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    OURS: {"samplers": ["midpoint"], "overrides": []},
+    DIFFUSERS_SAME: {"batch": 64, "lr": 2e-3, "warmup": 100, "samplers": [*SAMPLERS[DIFFUSERS]]},
+    LUCIDRAINS_SAME: {"batch": 64, "lr": 2e-3, "samplers": [*SAMPLERS[LUCIDRAINS]]},
     DIFFUSERS: {
         "batch": 64,
         "lr": 1e-3,
