@@ -132,9 +132,9 @@ def test_settings_are_those_that_an_entry_depends_on():
         return settings_of(name, with_options(name, []), overrides)
 
     for override, changed in (
-        ("model.base_channels=32", {OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME}),
+        ("model.base_channels=16", {OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME}),
         ("optimizer.lr=1e-3", {OURS}),
-        ("data.batch_size=64", {OURS}),
+        ("data.batch_size=32", {OURS}),
         ("callbacks.ema.decay=0.99", {OURS}),
     ):
         # what was written on the command line is in the settings of ours by its effect

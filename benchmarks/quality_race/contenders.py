@@ -181,6 +181,7 @@ class Diffusers:
             out_channels=1,
             block_out_channels=channels,
             layers_per_block=self.options["blocks"],
+            norm_num_groups=self.options["groups"],
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
         )

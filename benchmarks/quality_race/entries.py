@@ -31,13 +31,14 @@ TUNED: dict[str, Options] = {
     LUCIDRAINS_SAME: {"batch": 64, "lr": 2e-3, "samplers": [*SAMPLERS[LUCIDRAINS]]},
     DIFFUSERS: {
         "batch": 64,
-        "lr": 1e-3,
-        "warmup": 500,
-        "channels": [32, 64, 64],
+        "lr": 2e-3,
+        "warmup": 100,
+        "channels": [32, 32, 64],
+        "groups": 32,
         "blocks": 1,
         "samplers": [*SAMPLERS[DIFFUSERS]],
     },
-    LUCIDRAINS: {"batch": 64, "lr": 1e-3, "dim": 16, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    LUCIDRAINS: {"batch": 64, "lr": 1e-3, "dim": 8, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
 }
 TABLES = {
     "same network": (OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME),
