@@ -260,16 +260,16 @@ def test_the_tables_say_what_is_missing_and_how_far_seeds_are_apart():
 
 def test_trials_are_listed_by_sampler():
     found = kept()
-    trial = {"entry": DIFFUSERS, "given": ["lr=1e-3", "batch=32"], "minutes": 3.0, **record(60, 50)}
+    trial = {"entry": DIFFUSERS, "given": ["lr=1e-3", "batch=32"], "minutes": 3.0, "samples": 500, **record(60, 50)}
     trial["samplers"]["dpmsolver++"] = {"seconds": 1, "first": 59.0, "second": 51.0}
     found["tried"].append(trial)
     ((caption, header, rows),) = page.tables(found, [0])
     assert caption == "tried"
     assert rows == [
-        ["diffusers", "lr=1e-3 batch=32", "3", "ddim", "60.0", "50.0", "2,000", "128,000"],
-        ["diffusers", "lr=1e-3 batch=32", "3", "dpmsolver++", "59.0", "51.0", "2,000", "128,000"],
+        ["diffusers", "lr=1e-3 batch=32", "3", "500", "ddim", "60.0", "50.0", "2,000", "128,000"],
+        ["diffusers", "lr=1e-3 batch=32", "3", "500", "dpmsolver++", "59.0", "51.0", "2,000", "128,000"],
     ]
-    assert len(header) == 8
+    assert len(header) == 9
 
 
 def test_the_section_takes_its_place_and_nothing_else(tmp_path):

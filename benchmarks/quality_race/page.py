@@ -127,7 +127,7 @@ def memory(kept: Kept, names: Sequence[str]) -> str:
     return f"; memory at the peak: {', '.join(said)} than ours"
 
 
-TRIED = ("", "set", "minutes", "sampler", "Fréchet distance", "of a second classifier", "steps", "images")
+TRIED = ("", "set", "minutes", "samples", "sampler", "Fréchet distance", "of a second classifier", "steps", "images")
 
 
 def tried_rows(trial: dict[str, Any]) -> list[list[str]]:
@@ -139,6 +139,7 @@ def tried_rows(trial: dict[str, Any]) -> list[list[str]]:
             trial["entry"],
             said,
             f"{trial['minutes']:g}",
+            f"{trial['samples']:,}",
             name,
             *(digits(sampling[judge]) for judge in JUDGES),
             *common,
