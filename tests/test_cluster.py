@@ -16,6 +16,7 @@ from tests import slurm
 from tests.warm_python import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
+HANGS = 300  # seconds; a job that died without a word would be waited for without end
 SMOKE = ["experiment=smoke", "trainer.max_steps=10", "trainer.val_every_n_steps=10", "callbacks.samples=null"]
 
 
@@ -31,7 +32,8 @@ def cluster(tmp_path):
 
 def train(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     python = shutil.which("python", path=env["PATH"])
-    return subprocess.run([python, "-m", "src.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [python, "-m", "src.train", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
 def steps(run: Path) -> int:
