@@ -76,7 +76,8 @@ def run(state: Path, arguments: list[str]) -> None:
     """The life of a job that sbatch has submitted, from its start to its last attempt's end."""
     first, output, *words = arguments
     job = state / os.environ["SLURM_JOB_ID"]
-    while not Path(output).parent.is_dir():  # submitit makes it after sbatch has come back; Slurm is slow enough for that
+    # submitit makes the folder of a job's log after sbatch has come back, which the real Slurm is slow enough for.
+    while not Path(output).parent.is_dir():
         time.sleep(0.05)
     for attempt in range(5):
         job.with_suffix(".attempts").write_text(str(attempt + 1))
