@@ -52,9 +52,11 @@ clean: ## remove the environment and the caches, not the outputs
 
 # The environment is made without pip, and uv comes in a folder of its own, so that a Python whose venv module lacks
 # ensurepip (Debian's), or whose pip is old, will do. A broken install leaves no stamp and is repaired by the next call.
+# Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each command would
+# compile torch and Lightning anew, which takes longer than their import.
 $(STAMP): requirements.txt requirements-peers.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
 	@test -x "$(UV)" || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .venv/uv 'uv>=0.9,<1'
-	@$(UV) pip install --python $(BIN)/python --require-hashes -r requirements.txt
-	@$(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r requirements-peers.txt
+	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.txt
+	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes --no-deps -r requirements-peers.txt
 	@touch $(STAMP)
