@@ -363,6 +363,8 @@ def test_a_loop_ends_with_its_steps_or_with_the_clock_and_draws(name, place, mon
     assert entry.batch == 16
     if name.endswith("same network") or name == OURS:
         assert entry.parameters == 703_076
+    if name == OURS:
+        assert [entry.steps(sampler) for sampler in ("ddim", "midpoint", "heun_churn")] == [4, 2, 2]
 
 
 def test_a_process_that_fails_is_named(tmp_path):

@@ -4,6 +4,7 @@ are over, and `draw` with EVALUATIONS evaluations of the network, in float32, fr
 None validates, saves or draws while the clock runs. All train on the CPU.
 """
 
+import math
 import shutil
 import signal
 from contextlib import suppress
@@ -26,7 +27,6 @@ from benchmarks.quality_race.entries import (
     EVALUATIONS,
     LUCIDRAINS_SAME,
     OURS,
-    TWICE,
     Options,
     our_configuration,
 )
@@ -105,26 +105,33 @@ class Ours:
             fit.fit(config, self.run)
 
     def draw(self, sampler: str, number: int) -> Tensor:
-        from hydra import compose, initialize_config_dir
-        from omegaconf import OmegaConf
-
-        from src.cli import CONF
         from src.evaluation.sampling import draw
 
         out = self.place.folder / "samples"
         out.mkdir(exist_ok=True)
-        steps = EVALUATIONS // 2 if sampler in TWICE else EVALUATIONS
-        asked = (
-            f"run={plain_value(str(self.run))}",
-            f"out={plain_value(str(out))}",
-            f"seed={self.place.seed}",
-            f"num_samples={number}",
-        )
-        overrides = [*asked, f"batch_size={SAMPLE_BATCH}", f"sampler={sampler}", f"sampler.steps={steps}", "device=cpu"]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config: Any = OmegaConf.to_container(compose("sample", overrides), resolve=True)
-        draw(config, out)
+        where = (f"out={plain_value(str(out))}", f"num_samples={number}", f"batch_size={SAMPLE_BATCH}")
+        draw(self._sampling(sampler, self.steps(sampler), *where), out)
         return torch.from_numpy(np.load(out / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
+
+    def steps(self, sampler: str) -> int:
+        """In which a sampler asks the network EVALUATIONS times at most."""
+        from src.evaluation.sampling import set_up
+        from src.evaluation.stamp import evaluations
+
+        most = evaluations(set_up(self._sampling(sampler, EVALUATIONS), 1))
+        return EVALUATIONS // math.ceil(most / EVALUATIONS)
+
+    def _sampling(self, sampler: str, steps: int, *overrides: str) -> Any:
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf
+
+        from src.cli import CONF
+
+        asked = (f"run={plain_value(str(self.run))}", f"seed={self.place.seed}", f"sampler={sampler}", "device=cpu")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("sample", [*asked, f"sampler.steps={steps}", *overrides])
+        config: Any = OmegaConf.to_container(composed, resolve=True)
+        return config
 
 
 def our_network(overrides: list[str]) -> nn.Module:

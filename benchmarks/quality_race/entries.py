@@ -20,7 +20,6 @@ DIFFUSERS_SAME, LUCIDRAINS_SAME = "diffusers, same network", "lucidrains, same n
 
 EVALUATIONS = 50  # of the network, a sample
 SAMPLERS = {DIFFUSERS: ("ddim", "dpmsolver++"), LUCIDRAINS: ("ddim",)}  # of the peers
-TWICE = ("heun", "heun_churn", "edm", "midpoint")  # our samplers that ask the network twice a step
 
 Options = dict[str, Any]
 
@@ -38,7 +37,7 @@ TUNED: dict[str, Options] = {
         "blocks": 1,
         "samplers": [*SAMPLERS[DIFFUSERS]],
     },
-    LUCIDRAINS: {"batch": 64, "lr": 1e-3, "dim": 8, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    LUCIDRAINS: {"batch": 32, "lr": 2e-3, "dim": 16, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
 }
 TABLES = {
     "same network": (OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME),
