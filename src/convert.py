@@ -37,7 +37,8 @@ def convert(config: dict[str, Any], out: Path) -> None:
     shape = "x".join(map(str, _shape(run_config)))
     count = sum(v.numel() for v in state.values())
     print(f"{shown(weights)}: {count:,} weights, images of {shape}\n  {shown(out)}")
-    print(f"samples: python -m src.sample {as_override('run', shown(out))}")
+    labels = " labels=all" if run_config["model"].get("num_classes") is not None else ""
+    print(f"samples: python -m src.sample {as_override('run', shown(out))}{labels}")
     print(f"fine-tuning: python -m src.train {as_override('init_from', shown(out))} data=...")
 
 

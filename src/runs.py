@@ -4,7 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.build import build, refusals
+from src.build import build, check_known, refusals
 from src.errors import UserError, reason
 from src.files import check_sums, sha256
 from src.shapes import as_pair
@@ -74,6 +74,8 @@ class Run:
             raise UserError(
                 f"run={path} is not a run: it has no {CONFIG} that a training wrote; runs lie in outputs/<experiment>/"
             )
+        if not self.in_folder:
+            check_known(config, self.checkpoint)
         self.config: dict[str, Any] = config
 
     def _read_config(self) -> Any:

@@ -10,12 +10,12 @@ from src.build import build, check, refusals
 from src.errors import UserError
 from src.interop import diffusers, edm, openai, own
 from src.interop.adopt import adopt, touched
-from src.interop.source import HYBRID, Source, choices, data_for
+from src.interop.source import HYBRID, PLAIN, Source, choices, data_for
 from src.interop.table import read_table
 from src.interop.weights import read_tensors
 from src.models.unet import UNet
 from src.overrides import plain_value
-from src.runs import CONFIG, LAST, build_diffusion, image_shape, weights_alone
+from src.runs import CONFIG, LAST, build_diffusion, check_architecture, image_shape, weights_alone
 
 HYBRID_SAMPLER = {"_target_": "src.diffusion.samplers.DDPM", "steps": None, "variance": "learned"}
 
@@ -41,15 +41,21 @@ def assemble(
         raise UserError(f"qkv_order={settings['qkv_order']} is of format=guided_diffusion alone; leave it out")
     source = _open(path, kind, config, overrides, settings["qkv_order"] or "legacy")
     if source.config is None:
-        merged = adopt(config, source.parts, overrides)
+        merged = adopt(config, _with_plain(source.parts, overrides), overrides)
         merged["data"] = _data(merged, overrides)
         merged["overrides"] = overrides
+    elif overrides:
+        raise UserError(
+            f"source={path} brings all of its settings along, so {' '.join(overrides)} would change nothing; leave "
+            "them out, and set them for a training with init_from="
+        )
     else:
         merged = dict(source.config)
     check(merged, "")
     state = source.state(merged["model"])
     with torch.device("meta"):
         net = build(merged["model"], "model")
+    check_architecture(net, state, source.weights)
     with refusals("model"):
         build_diffusion(merged).check(net)
     groups = ("schedule", "objective", "loss", "density", "sampler", "model")
@@ -72,6 +78,20 @@ def write(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Non
     save(weights_alone(state, config), folder / LAST)
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(OmegaConf.to_yaml(config))
+
+
+def _with_plain(parts: dict[str, dict[str, Any]], overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The parts of a source, and what its kind always has, unless the user said otherwise; prints what was assumed."""
+    assumed = {
+        "schedule": "its schedule of noise, taken for linear with T = 1000",
+        "objective": "what it predicts, taken for eps",
+    }
+    missing = [part for part in assumed if part not in parts and not touched(overrides, part)]
+    if not missing or any(override.startswith("experiment=") for override in overrides):
+        return parts
+    settings = " and ".join(f"{part}=" for part in missing)
+    print(f"note: the file does not say {', nor '.join(assumed[part] for part in missing)}; set {settings} otherwise")
+    return {"objective": PLAIN["objective"], **parts} if "objective" in missing else parts
 
 
 def _seen(path: Path) -> str:
@@ -140,9 +160,7 @@ def _openai(path: Path, kind: str, config: dict[str, Any], overrides: list[str],
         net = _without_memory(node)
         return read_table(openai.entries(net, order), theirs, net, path)
 
-    parts: dict[str, dict[str, Any]] = {"model": model, "objective": {"_target_": "src.diffusion.objectives.Eps"}}
-    if not touched(overrides, "schedule") and "experiment" not in keys:
-        print("note: the file does not say its schedule of noise; taken for linear, T = 1000, set schedule= otherwise")
+    parts: dict[str, dict[str, Any]] = {"model": model, "objective": PLAIN["objective"]}
     if model["learned_variance"]:
         parts |= {"loss": HYBRID, "sampler": HYBRID_SAMPLER}
     return Source(parts, path, state)
@@ -155,21 +173,21 @@ def _without_memory(node: dict[str, Any]) -> UNet:
 
 
 def _data(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The data of a run whose network is given: what the user named, or what has images of this shape.
+    """The data of a run whose network is given: what the user named, or what has images of this shape,
+    with the settings that the user gave.
 
     Raises:
         UserError: when the user named data of another shape.
     """
-    model, data = config["model"], config["data"]
+    model = config["model"]
     images = {"channels": model["channels"], "image_size": model["image_size"]}
     shape = image_shape({"data": images})
-    if touched(overrides, "data"):
-        chosen = any(override.startswith("data=") for override in overrides)
-        if chosen and image_shape(config) != shape:
-            given = "x".join(map(str, image_shape(config)))
-            raise UserError(f"data has images of {given}, and the network's are {'x'.join(map(str, shape))}")
-        return {**data, **images}
-    return data_for(model, config["seed"])
+    if not any(override.startswith("data=") for override in overrides):
+        return {**adopt(config, {"data": data_for(model, config["seed"])}, overrides)["data"], **images}
+    if image_shape(config) != shape:
+        given = "x".join(map(str, image_shape(config)))
+        raise UserError(f"data has images of {given}, and the network's are {'x'.join(map(str, shape))}")
+    return {**config["data"], **images}
 
 
 def _as_overrides(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:

@@ -44,7 +44,7 @@ def read(path: Path) -> Source:
     if kind not in NETWORKS:
         raise UserError(f"{folder / CONFIG} describes a {kind}; {' and '.join(NETWORKS)} can be read")
     weights = _weights(folder)
-    config = own.configuration(_metadata(weights))
+    config = own.configuration(_metadata(weights), weights)
     reader = diffusers_unet if kind == diffusers_unet.CLASS else diffusers_dit
     model = reader.read_config(theirs, folder / CONFIG) if config is None else config["model"]
     parts = {"model": model}

@@ -1,22 +1,46 @@
 """diffusers' scheduler_config.json against schedule, objective and sampler."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
+from src.build import check_value
 from src.errors import UserError
 
 PREDICTIONS = {"epsilon": "Eps", "sample": "X0", "v_prediction": "V"}
 TABULATED = "src.diffusion.tabulated.Tabulated"
 VARIANCES = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned"}
-ANCESTRAL = "DDPMScheduler"
+ANCESTRAL, IMPLICIT = "DDPMScheduler", "DDIMScheduler"
+Spacing = Literal["leading", "linspace", "trailing"]
+UNBOUNDED = 100.0  # a bound on the threshold of dynamic clipping that nothing comes near
+TYPES: dict[str, Any] = {
+    "num_train_timesteps": int,
+    "beta_start": float,
+    "beta_end": float,
+    "trained_betas": list[float] | None,
+    "rescale_betas_zero_snr": bool,
+    "clip_sample": bool,
+    "clip_sample_range": float,
+    "thresholding": bool,
+    "dynamic_thresholding_ratio": float,
+    "sample_max_value": float,
+    "timestep_spacing": Spacing,
+}
 NAMES = {"linear": "Linear", "scaled_linear": "ScaledLinear", "squaredcos_cap_v2": "Cosine"}
 
 
 def read_scheduler(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
     """The nodes schedule, objective and sampler that it describes.
 
+    Where it draws in fewer steps and puts them elsewhere by steps_offset, the sampler does not.
+
     Raises:
         UserError: for a schedule of betas or a prediction that this project does not have.
     """
+    kind = theirs.get("_class_name", ANCESTRAL)
+    if kind not in (ANCESTRAL, IMPLICIT) and not theirs.keys() & {"beta_schedule", "trained_betas"}:
+        raise UserError(f"{path}: a {kind} has no betas, and only schedulers of betas can be read")
+    for key, hint in TYPES.items():
+        if key in theirs:
+            check_value(f"{path}: {key}", theirs[key], hint)
     prediction = theirs.get("prediction_type", "epsilon" if theirs.get("predict_epsilon", True) else "sample")
     if prediction not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type={prediction} cannot be read; it must be {', '.join(PREDICTIONS)}")
@@ -41,16 +65,22 @@ def _read_schedule(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
 
 
 def _read_sampler(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
-    ancestral = theirs.get("_class_name", ANCESTRAL) == ANCESTRAL
-    variance = theirs.get("variance_type", "fixed_small").removesuffix("_log")
+    kind = theirs.get("_class_name", ANCESTRAL)
+    ancestral, clips = kind == ANCESTRAL, theirs.get("clip_sample", kind in (ANCESTRAL, IMPLICIT))
+    variance = str(theirs.get("variance_type", "fixed_small")).removesuffix("_log")
     if ancestral and variance not in VARIANCES:
         raise UserError(f"{path}: variance_type={variance} cannot be read; it must be {', '.join(VARIANCES)}")
-    if theirs.get("clip_sample", True) and theirs.get("clip_sample_range", 1.0) != 1.0:
+    if clips and theirs.get("clip_sample_range", 1.0) != 1.0:
         raise UserError(f"{path}: clip_sample_range={theirs['clip_sample_range']} cannot be read; it must be 1")
-    clip: bool | str = "dynamic" if theirs.get("thresholding") else theirs.get("clip_sample", True)
+    clip: bool | str = clips
+    if theirs.get("thresholding"):
+        bound = theirs.get("sample_max_value", 1.0)  # theirs clips to at most this; to 1, and it is no threshold
+        if bound != 1 and bound < UNBOUNDED:
+            raise UserError(f"{path}: sample_max_value={bound} cannot be read; it must be 1, or at least {UNBOUNDED:g}")
+        clip = True if bound == 1 else "dynamic"
     common = {
         "steps": None,
-        "spacing": "trailing",
+        "spacing": theirs.get("timestep_spacing", "leading"),
         "clip": clip,
         "percentile": theirs.get("dynamic_thresholding_ratio", 0.995),
         "double": False,
@@ -100,8 +130,8 @@ def write_scheduler(config: dict[str, Any], learned_variance: bool) -> dict[str,
         "clip_sample_range": 1.0,
         "thresholding": sampler.get("clip") == "dynamic",
         "dynamic_thresholding_ratio": sampler.get("percentile", 0.995),
-        "sample_max_value": 1.0,
-        "timestep_spacing": "trailing",
+        "sample_max_value": UNBOUNDED if sampler.get("clip") == "dynamic" else 1.0,
+        "timestep_spacing": sampler["spacing"] if sampler.get("spacing") in get_args(Spacing) else "trailing",
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
     }

@@ -1,10 +1,11 @@
 """diffusers' UNet2DModel: its configuration and its keys against those of `UNet`."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from src.build import check_value
 from src.errors import UserError
 from src.interop.table import Entry, Place, labels, places, pointwise, renamed, same, split
 from src.models.blocks import Downsample, ResidualBlock, Stage, Upsample
@@ -40,6 +41,25 @@ DEFAULTS: dict[str, Any] = {
     "class_embed_type": None,
     "num_class_embeds": None,
     "num_train_timesteps": None,
+}
+TYPES: dict[str, Any] = {
+    "sample_size": int | tuple[int, int] | None,
+    "in_channels": int,
+    "out_channels": int,
+    "time_embedding_dim": int | None,
+    "down_block_types": list[str],
+    "up_block_types": list[str],
+    "block_out_channels": list[int],
+    "layers_per_block": int,
+    "downsample_type": Literal["conv", "resnet"],
+    "upsample_type": Literal["conv", "resnet"],
+    "dropout": float,
+    "attention_head_dim": int | None,
+    "norm_num_groups": int,
+    "attn_norm_num_groups": int | None,
+    "norm_eps": float,
+    "add_attention": bool,
+    "num_class_embeds": int | None,
 }
 # What of it can be only so here.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -84,8 +104,15 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
     for key, allowed in FIXED.items():
         if given[key] not in allowed:
             raise UserError(f"{path}: {key}={given[key]} cannot be read; it must be {' or '.join(map(str, allowed))}")
+    for key, hint in TYPES.items():
+        check_value(f"{path}: {key}", given[key], hint)
     widths, channels, out = given["block_out_channels"], given["in_channels"], given["out_channels"]
     down, up = given["down_block_types"], given["up_block_types"]
+    if not widths or min(widths) < 1 or len(down) != len(widths) or len(up) != len(widths):
+        raise UserError(
+            f"{path}: block_out_channels={widths}, {len(down)} down_block_types and {len(up)} up_block_types must be "
+            "as many, and at least one, each of a channel or more"
+        )
     if out not in (channels, 2 * channels):
         raise UserError(f"{path}: out_channels={out} must be in_channels={channels}, or twice as many")
     if given["time_embedding_dim"] not in (None, 4 * widths[0]):
@@ -108,6 +135,12 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
         raise UserError(f"{path}: some levels resample by convolutions and some by residual blocks; it must be one")
     if given["attn_norm_num_groups"] not in (None, given["norm_num_groups"]):
         raise UserError(f"{path}: attn_norm_num_groups must be norm_num_groups={given['norm_num_groups']}")
+    scale_shift = given["resnet_time_scale_shift"] == "scale_shift"
+    if scale_shift and given["add_attention"] and given["attn_norm_num_groups"] is None:
+        raise UserError(
+            f"{path}: attn_norm_num_groups=null together with resnet_time_scale_shift=scale_shift leaves the attention "
+            "in the middle without a group norm, which cannot be read"
+        )
     return {
         "_target_": "src.models.unet.UNet",
         "channels": channels,
@@ -124,7 +157,7 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
         "min_group_channels": 1,
         "num_classes": given["num_class_embeds"],
         "learned_variance": out == 2 * channels,
-        "scale_shift_norm": given["resnet_time_scale_shift"] == "scale_shift",
+        "scale_shift_norm": scale_shift,
         "resampling": "residual" if steps[:1] == ["resnet"] else "conv",
         "padding": "tensorflow" if given["downsample_padding"] == 0 else "symmetric",
         "cosine_first": given["flip_sin_to_cos"],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.interop.table import Entry, permuted, places, renamed, same
+from src.interop.table import Entry, Shapes, permuted, places, renamed, same
 from src.models.blocks import ResidualBlock, Stage
 from src.models.unet import UNet
 
@@ -45,7 +45,7 @@ def infer(theirs: dict[str, Tensor], path: Path) -> dict[str, Any]:
     Raises:
         UserError: when the keys are not those of these networks, or are NCSN++'s.
     """
-    shape = {key: tuple(v.shape) for key, v in theirs.items()}
+    shape = Shapes(theirs, path)
     sizes = sorted({int(n) for key in shape for n in re.findall(r"^enc\.(\d+)x\1_", key)}, reverse=True)
     if not sizes or "map_layer0.weight" not in shape:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from src.errors import UserError
-from src.interop.table import Entry, labels, permuted, places, pointwise, renamed, same
+from src.interop.table import Entry, Shapes, labels, permuted, places, pointwise, renamed, same
 from src.models.attention import Attention
 from src.models.blocks import Downsample, ResidualBlock, Stage, Upsample
 from src.models.unet import UNet
@@ -35,8 +35,9 @@ def infer(theirs: dict[str, Tensor], image_size: int | list[int], path: Path) ->
     Raises:
         UserError: when the keys are not those of these networks.
     """
-    shape = {key: tuple(v.shape) for key, v in theirs.items()}
-    needed = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight", "out.2.weight")
+    shape = Shapes(theirs, path)
+    blocks = ("input_blocks.0.0", "middle_block.0.in_layers.2", "output_blocks.0.0.in_layers.2")
+    needed = [f"{name}.weight" for name in ("time_embed.0", *blocks, "out.2")]
     missing = [key for key in needed if key not in shape]
     if missing:
         raise UserError(
@@ -45,6 +46,11 @@ def infer(theirs: dict[str, Tensor], image_size: int | list[int], path: Path) ->
         )
     base = shape["time_embed.0.weight"][1]
     stem, channels = shape["input_blocks.0.0.weight"][:2]
+    if channels == 6:
+        raise UserError(
+            f"{path} sees 6 channels, a noisy image and a smaller one that it enlarges; networks for super-resolution "
+            "cannot be read"
+        )
     outputs = 1 + max(int(key.split(".")[1]) for key in shape if key.startswith("output_blocks."))
 
     def resamples(block: str) -> tuple[bool, bool]:

@@ -22,7 +22,7 @@ def read(path: Path) -> Source:
     from src.interop.weights import read_header, read_tensors
 
     metadata = read_header(path).get("__metadata__", {})
-    config = configuration(metadata)
+    config = configuration(metadata, path)
     if config is None:
         raise UserError(
             f"{path} holds weights and not the network they are of; python -m src.convert makes a run of it, and "
@@ -31,15 +31,23 @@ def read(path: Path) -> Source:
     return Source({"model": config["model"]}, path, lambda model: read_tensors(path), config)
 
 
-def configuration(metadata: dict[str, str]) -> dict[str, Any] | None:
-    """The run's configuration in a file's metadata; None where there is none."""
+def configuration(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
+    """The run's configuration in the metadata of the file `path`; None where there is none.
+
+    Raises:
+        UserError: when it would call what is not of this project.
+    """
+    from src.build import check_known
     from src.runs import PARTS
 
     try:
         config = json.loads(metadata.get(CONFIG, "null"))
     except ValueError:
         return None
-    return config if isinstance(config, dict) and config.keys() >= PARTS else None
+    if not isinstance(config, dict) or not config.keys() >= PARTS:
+        return None
+    check_known(config, path)
+    return config
 
 
 def write(state: "dict[str, Tensor]", config: dict[str, Any], path: Path) -> None:

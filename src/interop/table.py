@@ -107,6 +107,17 @@ def labels(ours: str, theirs: str, with_none: bool) -> list[Entry]:
     return [Entry(f"{ours}.table.weight", (f"{theirs}.weight",), read, lambda v: (v if with_none else v[:-1],))]
 
 
+class Shapes(dict[str, tuple[int, ...]]):
+    """The shapes of a file's tensors; one that it should have and has not is a UserError."""
+
+    def __init__(self, theirs: Mapping[str, Tensor], path: Path) -> None:
+        super().__init__((key, tuple(v.shape)) for key, v in theirs.items())
+        self.path = path
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise UserError(f"{self.path} lacks {key}, without which its network cannot be told; save or download it again")
+
+
 def read_table(entries: list[Entry], theirs: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:
     """Our state of a peer's, float32.
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.runs import LAST, Run
+from src.interop import own
+from src.runs import LAST, PARTS, Run
 from tests.interop.made import TINY, made
 from tests.parity.peers import Weights, edm, openai
 
@@ -148,6 +149,18 @@ def weights(change):
     return rewrite
 
 
+def metadata(parts):
+    """A configuration in the file of weights, as ours have it, with these parts in place of its own."""
+
+    def rewrite(folder):
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        plain = {key: {} for key in PARTS}
+        save_file(load_file(file), file, {"config": json.dumps({**plain, "overrides": [], **parts})})
+
+    return rewrite
+
+
+CODE = "only classes of this project are called"
 FOLDERS = {
     "a key is missing": (weights(lambda s: s.pop("conv_in.bias")), "it lacks conv_in.bias;"),
     "a key is too many": (weights(lambda s: s.update(extra=torch.zeros(1))), "has extra, which the network has no"),
@@ -175,6 +188,49 @@ FOLDERS = {
     "fourier": (edit("unet/config.json", time_embedding_type="fourier"), "time_embedding_type=fourier cannot be read"),
     "prediction": (edit("scheduler/scheduler_config.json", prediction_type="flow"), "prediction_type=flow cannot be"),
     "betas": (edit("scheduler/scheduler_config.json", beta_schedule="laplace"), "beta_schedule=laplace cannot be read"),
+    "no betas": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text(
+            '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'
+        ),
+        "a FlowMatchEulerDiscreteScheduler has no betas",
+    ),
+    "a threshold": (
+        edit("scheduler/scheduler_config.json", thresholding=True, sample_max_value=1.5),
+        "sample_max_value=1.5 cannot be read",
+    ),
+    "an unnormed middle": (
+        edit("unet/config.json", resnet_time_scale_shift="scale_shift", attn_norm_num_groups=None),
+        "leaves the attention in the middle without a group norm",
+    ),
+    "code in its configuration": (metadata({"schedule": {"_target_": "os.system", "command": "touch {sprung}"}}), CODE),
+    "code by another name": (metadata({"data": {"_target_": "src.files.Path", "x": 1}}), CODE),
+    "code in a list": (metadata({"data": {"more": [{"_target_": "posix.system"}]}}), CODE),
+    "code in its overrides": (metadata({"overrides": ["model._target_=os.system"]}), CODE),
+    "code in a dictionary": (metadata({"overrides": ["model={_target_: os.system}"]}), CODE),
+    "a flag in its overrides": (metadata({"overrides": ["--config-dir=theirs"]}), CODE),
+    "Hydra's own": (metadata({"overrides": ["+hydra.job.env_set.LD_PRELOAD=evil.so"]}), CODE),
+}
+TYPES = {
+    "unet/config.json": [
+        ("block_out_channels", []),
+        ("block_out_channels", [0, 32]),
+        ("block_out_channels", "16"),
+        ("down_block_types", None),
+        ("down_block_types", ["DownBlock2D"]),
+        ("sample_size", "8"),
+        ("sample_size", [8]),
+        ("norm_eps", "1e-6"),
+        ("layers_per_block", None),
+        ("layers_per_block", 0),
+    ],
+    "scheduler/scheduler_config.json": [
+        ("variance_type", None),
+        ("num_train_timesteps", "1000"),
+        ("beta_end", "0.02"),
+        ("trained_betas", 1),
+        ("clip_sample", "yes"),
+        ("timestep_spacing", "karras"),
+    ],
 }
 
 
@@ -187,6 +243,111 @@ def test_a_folder_that_is_not_what_it_says_is_refused(name, folder, command, tmp
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"), [(file, key, value) for file, cases in TYPES.items() for key, value in cases]
+)
+@pytest.mark.parametrize(("name", "argument"), [("convert", "source"), ("sample", "run")])
+def test_a_setting_of_another_type_is_one_sentence(name, argument, file, key, value, folder, command, tmp_path):
+    renamed(folder, tmp_path / "theirs", edit(file, **{key: value}))
+    outcome = command(name, f"{argument}={tmp_path}/theirs", f"out={tmp_path}/out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_a_file_of_weights_calls_nothing_but_this_project(kind, command, tmp_path):
+    """A target of os.system in the configuration that a file brings along; in a run's folder it is the user's own."""
+    run, sprung = Run(made(tmp_path / "run", *TINY)), tmp_path / "sprung"
+    evil = {**run.config, "schedule": {"_target_": "os.system", "command": f"touch {sprung}"}}
+    foreign = ["+callbacks.mine._target_=my.Callback", "callbacks.ema.also={a: {_target_: src.training.ema.Power}}"]
+    for config, code in ((run.config, 0), ({**run.config, "overrides": foreign}, 0), (evil, 2)):
+        file = tmp_path / f"weights.{kind}"
+        if kind == "ckpt":
+            torch.save({**run.load_checkpoint(), "config": config}, file)
+        else:
+            own.write(run.load_net("ema").state_dict(), config, file)
+        outcome = command("sample", f"run={file}", f"out={tmp_path}/out", "sampler.steps=2", "num_samples=1")
+        assert outcome.code == code, outcome.err
+    assert CODE in outcome.err
+    assert not sprung.exists()
+
+
+def test_a_network_alone_predicts_noise_over_linear_times(folder, command, tmp_path):
+    """A folder without a scheduler says neither; the defaults of a training, v, would draw nonsense of it."""
+    outcome = command("convert", f"source={folder / 'unet'}", f"out={tmp_path}/run")
+    assert outcome.code == 0, outcome.err
+    assert "note: the file does not say its schedule of noise" in outcome.out
+    config = Run(tmp_path / "run").config
+    assert config["objective"]["_target_"].endswith(".Eps")
+    assert config["schedule"]["_target_"].endswith(".Linear")
+    command("convert", f"source={folder / 'unet'}", f"out={tmp_path}/v", "objective=v")
+    assert Run(tmp_path / "v").config["objective"]["_target_"].endswith(".V")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler"),
+    [
+        ({}, {"_target_": "src.diffusion.samplers.DDPM", "clip": True, "spacing": "trailing"}),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "leading"}, {"eta": 0.0, "spacing": "leading"}),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "variance_type": None},
+            {"clip": True},
+        ),  # as written: clip_sample
+        ({"thresholding": True, "sample_max_value": 1.0}, {"clip": True}),
+        ({"thresholding": True, "sample_max_value": 100.0}, {"clip": "dynamic"}),
+    ],
+)
+def test_a_scheduler_becomes_a_sampler(settings, sampler, folder, tmp_path):
+    renamed(folder, tmp_path / "theirs", edit("scheduler/scheduler_config.json", **settings))
+    found = Run(tmp_path / "theirs").config["sampler"]
+    assert {key: found[key] for key in sampler} == sampler
+
+
+def test_settings_of_data_go_with_the_data_of_the_source(folder, command, tmp_path):
+    """data.dir= is no choice of data."""
+    command("convert", f"source={folder}", f"out={tmp_path}/run", f"data.dir={tmp_path}", "data.batch_size=4")
+    data = Run(tmp_path / "run").config["data"]
+    assert data["source"] == {"_target_": "src.data.sources.Digits"}
+    assert (data["dir"], data["batch_size"], data["image_size"]) == (str(tmp_path), 4, 8)
+    arguments = [f"init_from={tmp_path}/run", f"data.dir={tmp_path}/other", "trainer.max_steps=1", "trainer=cpu"]
+    outcome = command("train", *arguments, "callbacks.samples.num_samples=1", f"hydra.run.dir={tmp_path}/tuned")
+    assert outcome.code == 0, outcome.err
+    data = Run(tmp_path / "tuned").config["data"]
+    assert (data["dir"], data["batch_size"]) == (f"{tmp_path}/other", 4)
+
+
+def test_a_state_dict_without_what_tells_its_network_names_the_key(adm, tmp_path, command):
+    state = load_file(adm)
+    for name, wrong in {
+        "middle_block.0.emb_layers.1.weight": {k: v for k, v in state.items() if "middle_block.0.emb" not in k},
+        "output_blocks.0.0.in_layers.2.weight": {k: v for k, v in state.items() if "output_blocks" not in k},
+        "sees 6 channels": {**state, "input_blocks.0.0.weight": state["input_blocks.0.0.weight"].repeat(1, 2, 1, 1)},
+    }.items():
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        outcome = command("convert", f"source={tmp_path}/wrong.safetensors", *GUIDED, f"out={tmp_path}/out")
+        assert outcome.code == 2, outcome
+        assert name in outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_says_all_takes_no_settings(command, tmp_path):
+    run = Run(made(tmp_path / "run", *TINY))
+    file = tmp_path / "model.safetensors"
+    own.write(run.load_net("ema").state_dict(), run.config, file)
+    outcome = command("convert", f"source={file}", "schedule=cosine", f"out={tmp_path}/out")
+    assert outcome.code == 2
+    assert "schedule=cosine would change nothing" in outcome.err
+    state = run.load_net("ema").state_dict()
+    state.pop("conv_in.bias")
+    own.write(state, run.config, file)
+    outcome = command("convert", f"source={file}", f"out={tmp_path}/out")
+    assert outcome.code == 2
+    assert "the checkpoint has no conv_in.bias" in outcome.err
     assert not (tmp_path / "out").exists()
 
 
