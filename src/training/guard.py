@@ -36,7 +36,7 @@ class Guard(Callback):
     skip a step by itself, as torch's fused ones can.
 
     Args:
-        explosion: a loss so many times the mean of the last hundred is left out; null for none.
+        explosion: a loss so many times the mean size of the last hundred is left out; null for none.
         patience: so many bad steps in a row, and training goes back to its last checkpoint, with another order.
         max_restores: so many times in a row without a new checkpoint between them; then training ends.
 
@@ -77,6 +77,10 @@ class Guard(Callback):
         """Whether the last step was left out; waits for the device."""
         return bool(self.left_out())
 
+    def begin_anew(self) -> None:
+        """Forgets what was usual, for a training that goes back to its first step; not what was left out."""
+        self._state = torch.cat([self._state[:1], torch.zeros_like(self._state[1:])])
+
     @torch.no_grad()
     def inspect(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether the step is to be left out, as a bool on the device.
@@ -86,10 +90,10 @@ class Guard(Callback):
             norm: of the whole gradient.
         """
         skipped, in_a_row, good, usual = self._state.unbind()
-        exploded = (good >= WARMUP) & (loss > self.explosion * usual)
+        exploded = (good >= WARMUP) & (loss > self.explosion * usual)  # usual is of |loss|: some losses fall below 0
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | exploded
         good = good + ~bad
-        moved = usual + (loss - usual) / good.clamp(1, WARMUP)
+        moved = usual + (loss.abs() - usual) / good.clamp(1, WARMUP)
         self._state = torch.stack([skipped + bad, (in_a_row + 1) * bad, good, torch.where(bad, usual, moved)])
         return bad
 

@@ -33,6 +33,26 @@ def test_an_explosion_is_one_against_the_mean_of_the_last_hundred():
     assert not inspect(guard, 10 * usual - 0.1)
 
 
+def test_losses_may_fall_below_zero():
+    """loss=uncertainty ends at 1 + ln(error), without a bound below; on its way it is near 0 for long."""
+    guard = Guard()
+    noise = torch.randn(600, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert not any(inspect(guard, 1.0 - k / 150 + float(noise[k])) for k in range(600))
+    assert inspect(guard, 400.0)
+    free = Guard(explosion=None)
+    assert not any(inspect(free, -1.0) for _ in range(200))
+
+
+def test_a_training_that_begins_anew_has_no_usual_loss():
+    guard = Guard(explosion=10.0)
+    for loss in (*[1.0] * 100, *[1e3] * 10):
+        inspect(guard, loss)
+    guard.begin_anew()
+    assert not guard.in_trouble()
+    assert not inspect(guard, 1e3)
+    assert guard.skipped == 10
+
+
 def test_bad_losses_do_not_become_usual():
     guard = Guard(explosion=10.0)
     for _ in range(100):
