@@ -33,7 +33,7 @@ from src.devices import claim_gpu
 from src.errors import UserError, printable
 from src.failures import forget_failure, note_failure
 from src.launch import launched, rank, stamp
-from src.overrides import plain_value
+from src.overrides import INHERITED, plain_value
 from src.training.units import share
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -96,6 +96,9 @@ def command(name: str, schema: type, task: Task, inherit: Inherit | None) -> Cal
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         except UserError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise SystemExit(130) from None
         except OverrideParseException as error:
             _fail(
                 f"{error.override!r} is not a setting that Hydra can read; key=value, and a value with special "
@@ -210,6 +213,7 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
     Raises:
         UserError: when `run=` names nothing that holds a run.
     """
+    INHERITED.clear()
     overrides = [argument for argument in argv if not argument.startswith("-")]
     texts = [override for override in overrides if override.lstrip("+").startswith("run=")]
     if not texts or inherit is None:
@@ -229,7 +233,9 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
     if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
-    return inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides) + argv
+    inherited = inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides)
+    INHERITED.extend(override for override in inherited if not override.lstrip("+~").startswith("hydra"))
+    return inherited + argv
 
 
 def _explain(error: BaseException) -> str:

@@ -51,6 +51,9 @@ def training_command(overrides: list[str]) -> str:
     return shlex.join(["python", "-m", "src.train", *kept])
 
 
+INHERITED: list[str] = []  # of the command that runs: what its `run=` brought along, which it brings again
+
+
 def same_job(name: str, out: Path) -> list[str]:
     """The command line of the job that Hydra runs now, also one of a sweep, as a single job in the folder `out`."""
     from hydra.core.hydra_config import HydraConfig
@@ -58,7 +61,10 @@ def same_job(name: str, out: Path) -> list[str]:
     hydra = HydraConfig.get()
     own = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
     kept = [override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(own)]
+    task = list(hydra.overrides.task)
+    if INHERITED and task[: len(INHERITED)] == INHERITED:
+        task = task[len(INHERITED) :]
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     flags = [text for folder in folders for text in ("--config-dir", folder)]
-    settings = [*kept, *hydra.overrides.task, "hydra.mode=RUN", f"hydra.run.dir={plain_value(str(out.absolute()))}"]
+    settings = [*kept, *task, "hydra.mode=RUN", f"hydra.run.dir={plain_value(str(out.absolute()))}"]
     return [sys.executable, "-m", f"src.{name}", *flags, *settings]

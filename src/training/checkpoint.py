@@ -68,30 +68,41 @@ class Checkpoint(Callback):
         self.best = float("inf")
         self._best_on_disk = float("inf")
         self._saved_step = -1
+        self._stopping = False  # once the validation that follows is over
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         if self.writer.failed():
             self._settle()
-        if self.stop.asked(trainer):
-            self._save_at_the_end(trainer)
-            trainer.strategy.barrier("stopped")  # all go on until the first has saved
-            raise self.stop.stopped(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
         every = trainer.val_check_batch
         validation_follows = trainer.should_stop or (isinstance(every, int) and batches % every == 0)
+        asked = self.stop.asked(trainer)
         if not validation_follows and (names := self._due(trainer.global_step) + self._best(trainer)):
             self._settle()
             self._save(trainer, names)
+        if asked:
+            self._save_at_the_end(trainer)
+            if not validation_follows:
+                self._stop(trainer)
+            self._stopping = True  # after the validation, which a continued run would not make up for
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what is due at the step after its validation, so that it knows the best so far."""
         self._settle()  # training waits for the save before; it may have been the best
-        self._save(trainer, self._due(trainer.global_step) + self._best(trainer, validated=True))
+        names = self._due(trainer.global_step) + self._best(trainer, validated=True)
+        if self._stopping and LAST not in names:
+            names = [LAST, *names]
+        self._save(trainer, names)
+        if self._stopping and trainer.global_step < trainer.max_steps:
+            self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_at_the_end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning calls after a training that ended well
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with suppress(UserError):  # something else has gone wrong before, and is being said
@@ -112,6 +123,11 @@ class Checkpoint(Callback):
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
             names.append(LAST.with_name(f"step={step}.ckpt"))
         return names
+
+    def _stop(self, trainer: Trainer) -> None:
+        self._settle(final=True)
+        trainer.strategy.barrier("stopped")  # all go on until the first has saved
+        raise self.stop.stopped(trainer.global_step)
 
     def _save_at_the_end(self, trainer: Trainer) -> None:
         self._settle(final=trainer.global_step == self._saved_step)

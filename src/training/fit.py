@@ -64,6 +64,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         UserError: for whatever the user can mend, before anything is written; and when training diverges.
         Stopped: after a signal, with the last checkpoint saved.
     """
+    Stop.give_back()  # of a training before this one in a sweep
     run, resume = None, None
     changes: list[str] = []
     if config["run"] is not None:
@@ -77,6 +78,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     launch = launched()
     if launch is None and settings.num_devices > 1:
         start(same_job("train", run_dir), settings.num_devices, SIGNALS)
+        if not (run_dir / SUMMARY).is_file():  # nothing was left to train, of a run that was killed after its last step
+            return float(Run(run_dir).load_checkpoint()["callbacks"]["Checkpoint"]["best"])
         return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
 
     for line in changes:
@@ -105,7 +108,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             parameters = sum(p.numel() for p in training.net.parameters())
             devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen}"
             say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
-            for line in training.task.notes():
+            for line in training.task.notes(data):
                 say(line)
             while True:
                 if training.trainer.global_rank == 0:
@@ -195,7 +198,7 @@ def _assemble(
             f"data.batch_size={data.batch_size} counts the images of all devices together, and {devices} devices "
             f"cannot share them evenly; choose a multiple of {devices}"
         )
-    if settings.strategy == "fsdp" and len(data.val) < devices:
+    if len(data.val) < devices:
         raise UserError(
             f"data.val_images={len(data.val)} leaves some of {devices} devices without; choose {devices} or more"
         )
@@ -231,6 +234,8 @@ def _go_back(
             f"{diverged.where}"
         )
     guard.restores += 1
+    if resume is None:
+        guard.begin_anew()
     say(f"note: {diverged}; going back to step {step}, with another order of images and noise")
     return (run if resume else None), resume
 

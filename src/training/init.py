@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from src.errors import UserError
-from src.interop.adopt import adopt, touched
+from src.interop.adopt import adopt
 from src.runs import Run, check_architecture, image_shape
 
 PARTS = ("model", "schedule", "objective", "loss")  # without which the weights would mean something else
@@ -14,7 +14,7 @@ PARTS = ("model", "schedule", "objective", "loss")  # without which the weights 
 def adopted(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with what config["init_from"] was trained with, where the user asks for nothing else.
 
-    Data is taken over too, unless the user names some, from a source that has images.
+    Data is taken over too, from a source that has images, unless the user chooses some with data=.
 
     Raises:
         UserError: when there is nothing to begin with, or its images are of another shape.
@@ -22,7 +22,7 @@ def adopted(config: dict[str, Any]) -> dict[str, Any]:
     source = _source(config)
     overrides = config["overrides"]
     parts = {part: source.config[part] for part in PARTS}
-    if "_target_" in source.config["data"] and not touched(overrides, "data"):
+    if "_target_" in source.config["data"]:
         parts["data"] = source.config["data"]
     merged = adopt(config, parts, overrides)
     chosen = {part: source.config["choices"][part] for part in parts if part in source.config.get("choices", {})}

@@ -54,6 +54,9 @@ class Progress(ProgressBar):
         self._bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}{speed}", refresh=False)
         self._bar.refresh()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning calls after a training that ended well
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -17,6 +17,7 @@ FREE = (
     *("logger", "sampler", "data.dir", "metric", "callbacks.ema.also", "callbacks.ema.snapshot_every_n_steps"),
     "model.gradient_checkpointing",
     "data.workers",
+    "data.max_broken",
 )
 SPLIT = ("data.batch_size", "trainer.accumulate_grad_batches")  # may change when their product stays
 UNCOMPARED = ("run", "resume", "overrides", "choices")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,8 @@ class Stop(Callback):
         signum: the signal that asked for a stop; None while none has.
     """
 
+    _listening: "ClassVar[Stop | None]" = None  # whose handlers are set
+
     def __init__(self) -> None:
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
@@ -79,12 +81,23 @@ class Stop(Callback):
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a slow process is not a dead one
         if threading.current_thread() is threading.main_thread():
+            Stop.give_back()
+            Stop._listening = self
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
+    @classmethod
+    def give_back(cls) -> None:
+        """Gives the signals back to whom they were before: a training that ends by an exception does not, lest a second
+        signal end the process while it still says and writes why it stops."""
+        if cls._listening is not None:
+            for number, handler in cls._listening._before.items():
+                signal.signal(number, handler)
+            cls._listening._before = {}
+            cls._listening = None
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        if Stop._listening is self:
+            Stop.give_back()
         self._group = self._told = None
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:

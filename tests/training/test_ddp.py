@@ -15,6 +15,7 @@ import torch
 from src.data.datamodule import ImageDataModule
 from src.data.loader import EvalLoader
 from src.data.sources import Digits
+from src.runs import Run
 from tests.faults import saved_step, steps_logged
 from tests.helpers import rows
 from tests.warm import TORCHRUN, finish, join, running, start, wait_for
@@ -104,13 +105,18 @@ def test_what_learns_from_losses_learns_the_same_from_parts(tmp_path):
 
 
 def test_another_number_of_devices_goes_on_with_the_same_batches(one, tmp_path):
-    """Thirteen steps in one process, seven in two, with the batch split otherwise besides; 13 is no even number."""
+    """Thirteen steps in one process, seven in two, with the batch split otherwise besides; 13 is no even number.
+
+    What was taken away of the configuration is taken away once, in the process that starts the others and in those.
+    """
     run, log = tmp_path / "run", tmp_path / "log"
-    assert finish("experiment=smoke", "trainer.max_steps=13", f"hydra.run.dir={run}", output=log) == 0
+    began = ["experiment=smoke", "trainer.max_steps=13", "~callbacks.samples"]
+    assert finish(*began, f"hydra.run.dir={run}", output=log) == 0
     split = ["data.batch_size=16", "trainer.accumulate_grad_batches=2"]
     further = [f"run={run}", "trainer.max_steps=20", *split, "trainer.strategy=ddp", "trainer.devices=2"]
     assert finish(*further, output=log) == 0, log.read_text()
     assert "continuing with data.batch_size=16 instead of 32" in log.read_text()
+    assert Run(run).config["overrides"] == [*began, *further[1:]]
     assert_same_weights(one, run, atol=1e-6)
     assert [row["train/loss"] for row in rows(run)[:2]] == [row["train/loss"] for row in rows(one)[:2]]
     assert [int(row["step"]) for row in rows(run) if row["val/loss_ema"]] == [10, 13, 20]

@@ -66,14 +66,19 @@ def test_what_changes_no_weight_is_taken(command, smoke_run, tmp_path, override)
 
 
 def test_rows_between_two_stops_are_those_of_a_run_that_was_not_stopped(command, tmp_path):
-    """Stopped at 3, 8 and 14 of 20 with a row every 5: the means are over the steps of both sides."""
+    """Stopped at 3, 8, 10 and 14 of 20 with a row every 5: the means are over the steps of both sides.
+
+    Checkpoints to keep are due at 8, 10 and 14, a validation at 10, and at 20, where a stop comes too late to be one.
+    """
     whole = tmp_path / "whole"
-    intervals = ["callbacks.samples.every_n_steps=20", "trainer.val_every_n_steps=20"]
+    intervals = ["callbacks.samples.every_n_steps=20", "callbacks.checkpoint.keep_every_n_steps=2"]
     arguments = ["experiment=smoke", "resume=auto", *intervals, "callbacks.checkpoint.every_n_steps=1"]
     assert command("train", *arguments, f"hydra.run.dir={whole}").code == 0
     run = tmp_path / "run"
-    stop = ["+callbacks.stop._target_=tests.faults.StopAt", "+callbacks.stop.steps=[3,8,14]"]
-    for _ in range(3):
+    stop = ["+callbacks.stop._target_=tests.faults.StopAt", "+callbacks.stop.steps=[3,8,10,14,20]"]
+    for _ in range(4):
         assert command("train", *arguments, *stop, f"hydra.run.dir={run}").code == 143
     assert command("train", *arguments, *stop, f"hydra.run.dir={run}").code == 0
     assert_same_run(whole, run)
+    names = [{path.name for path in (folder / "checkpoints").iterdir()} for folder in (whole, run)]
+    assert names[0] == names[1] >= {f"step={step}.ckpt" for step in range(2, 21, 2)}
