@@ -23,7 +23,7 @@ E_v ln p(y) + C H W ln w <= ln P(k), the bits per dimension are -log2 p(y) / (C 
 """
 
 from collections.abc import Callable, Sequence
-from math import inf, log, pi
+from math import inf, isfinite, log, pi
 from typing import Literal, NamedTuple
 
 import torch
@@ -235,6 +235,8 @@ def dormand_prince(
         if accepted:
             t, y = to, new
             progress((t - start) / (end - start))
+        if not isfinite(worst):  # it went too far
+            worst = inf
         h *= min(10.0, max(0.2, 0.9 * worst**-0.2 if worst > 0 else inf))
     return y
 

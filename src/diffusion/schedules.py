@@ -108,7 +108,8 @@ class DiscreteSchedule(Schedule):
     def timesteps(self, steps: int, spacing: TimeSpacing) -> list[int]:
         """`steps` distinct times, largest first, that a sampler visits.
 
-        leading:   0, r, 2r, ... with r = T // steps; never sees T - 1 unless steps = T (Song et al. 2021, linear tau)
+        leading:   0, r, 2r, ... with r = T // steps; never sees T - 1 unless steps = T, and far from it where steps
+                   is no divisor of T (Song et al. 2021, linear tau, rounded as diffusers does)
         linspace:  from 0 to T - 1, both included (Nichol & Dhariwal 2021)
         trailing:  T - 1, T - 1 - T / steps, ... (Lin et al. 2023, Table 2)
         quadratic: c i^2, dense near 0, with c such that the last is T - 1 (Song et al. 2021, App. D.2)
@@ -283,7 +284,7 @@ class Laplace(_AlphaBar):
     ln SNR(u) = mu - b sgn(1/2 - u) ln(1 - 2 |u - 1/2|)
 
     Args:
-        mu, b: centre and width of the distribution; at the ends, where it is infinite, u keeps 1 / (2 T) away.
+        mu, b: centre and width of the distribution; at u = 1, where it is infinite, u keeps 1 / (2 T) away.
     """
 
     def __init__(
@@ -298,8 +299,8 @@ class Laplace(_AlphaBar):
             raise ValueError(f"b={b} must be positive; Hang et al. use 0.5")
 
         def f(u: Tensor) -> Tensor:
-            u = u.clamp(0.5 / num_timesteps, 1 - 0.5 / num_timesteps)
-            return (mu - b * torch.sign(0.5 - u) * torch.log(1 - 2 * (u - 0.5).abs())).sigmoid()
+            u = u.clamp(max=1 - 0.5 / num_timesteps)
+            return (mu - b * torch.sign(0.5 - u) * torch.log(1 - 2 * (u - 0.5).abs())).sigmoid()  # f(0) = 1
 
         super().__init__(f, num_timesteps, max_beta, zero_terminal_snr)
 

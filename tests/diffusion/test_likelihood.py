@@ -366,6 +366,8 @@ def test_what_no_solver_can_follow_is_refused():
         ode_density(lambda x, level: x, Flow(), y, probes, rtol=0)
     with pytest.raises(ValueError, match="cannot be met; the network is not smooth enough"):
         ode_density(lambda x, level: x + 1e6 * torch.randn(x.shape), Flow(), y, probes, 1e-9, 1e-9)
+    with pytest.raises(ValueError, match="cannot be met; the network is not smooth enough"):
+        ode_density(lambda x, level: x.where(torch.tensor(level.sigma < 0.01), math.nan), Flow(), y, probes)
     with pytest.raises(ValueError, match="steps=2 is not between 1 and num_timesteps=1"):
         ode_density(lambda x, level: x, Linear(1), y, probes)
 
