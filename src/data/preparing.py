@@ -125,6 +125,8 @@ def with_channels(image: NDArray[np.generic], channels: int, name: str) -> NDArr
     opaque = 1.0 if image.dtype == np.float32 else np.iinfo(image.dtype).max  # type: ignore[type-var]
     if (there, channels) == (4, 3) and (image[..., 3] == opaque).all():
         return image[..., :3]
+    if (there, channels) == (4, 1) and (image[..., 3] == opaque).all():
+        image, there = image[..., :3], 3
     if (there, channels) == (3, 1) and (image == image[..., :1]).all():
         return image[..., :1]
     mend = {

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import has_magic
@@ -107,7 +108,7 @@ def samples(shard: str, skip: int = 0) -> Iterator[Sample]:
                 yield _sample(shard, key, parts)
     except BrokenImageError:
         raise
-    except (EOFError, gzip.BadGzipFile, tarfile.TarError) as error:
+    except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
         raise BrokenImageError(shard, f"is damaged ({error})") from error
     except OSError as error:  # urllib's too
         raise UserError(

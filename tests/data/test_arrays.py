@@ -81,6 +81,7 @@ def npz(path: Path, **arrays: bytes) -> None:
     [
         ({"x": npy(IMAGES)}, r"holds no arr_0, but x; images are \(N, H, W, C\) in arr_0"),
         ({"arr_0": npy(IMAGES), "arr_1": npy(LABELS[:9])}, "holds 10 images, but 9 labels"),
+        ({"arr_0": npy(IMAGES), "arr_1": npy(np.array(10))}, "holds 10 images, but one number in arr_1 and no labels"),
         ({"arr_0": npy(IMAGES), "arr_1": npy(LABELS * 2)}, r"arr_1 of .* holds labels from 0 to 4 but no 1"),
         ({"arr_0": npy(IMAGES), "arr_1": npy(LABELS / 2)}, r"arr_1 of .* holds 10 float64 values, not a whole number"),
         ({"arr_0": npy(IMAGES), "arr_1": npy(np.eye(10))}, r"arr_1 of .* holds 10x10 float64 values"),

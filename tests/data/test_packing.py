@@ -369,8 +369,10 @@ def test_channels_that_tell_nothing_are_dropped(tmp_path, dtype):
     image[..., 3] = 1 if dtype == "float32" else np.iinfo(dtype).max
     pack(Made([image]), SAME, tmp_path / "colour", channels=3)
     np.testing.assert_array_equal(Store(tmp_path / "colour").images[0].numpy(), image[..., :3].transpose(2, 0, 1))
-    pack(Made([image[..., :1].repeat(3, 2)]), SAME, tmp_path / "grey", channels=1)
-    np.testing.assert_array_equal(Store(tmp_path / "grey").images[0, 0].numpy(), image[..., 0])
+    grey = image[..., :1].repeat(3, 2)
+    for name, saved in (("grey", grey), ("grey with alpha", np.concatenate([grey, image[..., 3:]], axis=2))):
+        pack(Made([saved]), SAME, tmp_path / name, channels=1)
+        np.testing.assert_array_equal(Store(tmp_path / name).images[0, 0].numpy(), image[..., 0])
 
 
 def test_what_cropping_took_is_counted(tmp_path):

@@ -81,6 +81,15 @@ def test_the_same_prepare_again_does_nothing_and_another_is_refused(command, tmp
     assert "holds a store of other images or settings (crop differ)" in outcome.err
 
 
+def test_what_is_of_a_training_is_refused(command, tmp_path):
+    photos(tmp_path / "photos", 3)
+    outcome = command(
+        "prepare", "data=folder", f"data.dir={tmp_path / 'photos'}", "size=8", "data.limit=2", f"out={tmp_path}/out"
+    )
+    assert outcome.code == 2
+    assert "data.limit=2 belongs to a training from it" in outcome.err
+
+
 def test_images_to_validate_on_are_a_store_of_their_own(command, tmp_path):
     for split in ("train", "val"):
         photos(tmp_path / "photos" / split, 6)

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import threading
+import zlib
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -291,6 +292,12 @@ def damage(folder: Path, kind: str) -> str:
     if kind == "empty file":
         path.write_bytes(b"")
         return f"{shard} is cut short"
+    if kind == "a wrong bit in gzip":
+        path.unlink()
+        deflate = zlib.compressobj(0, wbits=31)
+        half = deflate.compress(content[: 4 * 1024]) + deflate.flush(zlib.Z_FULL_FLUSH)
+        (folder / "train-002.tar.gz").write_bytes(half + b"\x07" * 100)  # blocks of a type that there is not
+        return "train-002.tar.gz"
     if kind == "gzip":
         path.unlink()
         (folder / "train-002.tar.gz").write_bytes(gzip.compress(content)[:500])
@@ -324,7 +331,7 @@ def _npy() -> bytes:
     return file.getvalue()
 
 
-OF_SHARD = ("cut in half", "cut between files", "header", "text", "empty file", "gzip")
+OF_SHARD = ("cut in half", "cut between files", "header", "text", "empty file", "gzip", "a wrong bit in gzip")
 OF_SAMPLE = (
     "empty image",
     "half an image",

@@ -1,11 +1,13 @@
 """Files of torchvision's image sets, which torchvision downloads."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from src.errors import UserError
+from src.lock import Lock, is_locked
 
 T = TypeVar("T")
 
@@ -31,7 +33,8 @@ def fetched(name: str, root: Path, folder: Path, files: Sequence[str], where: st
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a download that stalls ends
     try:
-        return make(getattr(torchvision.datasets, name))
+        with _alone(root) if missing or is_locked(root) else nullcontext():
+            return make(getattr(torchvision.datasets, name))
     except Exception as error:  # torchvision meets damage with whatever its parser happens to raise
         reason = " ".join(str(error).split())
         if not missing:
@@ -45,3 +48,14 @@ def fetched(name: str, root: Path, folder: Path, files: Sequence[str], where: st
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process at a time downloads, and the others find what it brought."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = Lock(root, wait=True)
+    try:
+        yield
+    finally:
+        lock.release()

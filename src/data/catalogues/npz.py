@@ -70,8 +70,9 @@ class Npz:
         member = _member(archive, labels or CLASSES, path)
         with archive.open(member.info) as file:
             values = np.frombuffer(file.read()[member.start :], member.dtype).reshape(member.shape)
-        if len(values) != count:
-            raise UserError(f"{path} holds {count} images, but {len(values)} labels")
+        if values.ndim == 0 or len(values) != count:
+            number = str(len(values)) if values.ndim else f"one number in {labels or CLASSES} and no"
+            raise UserError(f"{path} holds {count} images, but {number} labels")
         return numbered(values, f"{labels or CLASSES} of {path}", gaps=self.gaps)
 
 

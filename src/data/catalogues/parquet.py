@@ -175,6 +175,8 @@ class ParquetCatalogue:
         if pyarrow.types.is_large_binary(value.type):
             content = value.as_py()
         elif pyarrow.types.is_struct(value.type):
+            if "bytes" not in [field.name for field in value.type]:
+                raise BrokenImageError(name, f"is a {value.type} in the table and has no bytes; set data.source.image")
             content = None if not value.is_valid else value["bytes"].as_py()
             if value.is_valid and content is None:
                 raise BrokenImageError(name, "has a path but no bytes in the table; write the images into it")

@@ -12,6 +12,7 @@ from src.data.catalogues.fetching import fetched
 from src.data.catalogues.folder import FolderCatalogue
 from src.data.labels import Labels, no_labels
 from src.errors import UserError
+from src.lock import is_locked
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class CelebA:
         tables = ["list_eval_partition.txt", "list_attr_celeba.txt"]
         where = f"{' and '.join(tables)} and the folder img_align_celeba in {root}"
         files = [*tables, "img_align_celeba"]
-        if any(not (root / file).exists() for file in files):
+        if any(not (root / file).exists() for file in files) or is_locked(dir):
             fetched("CelebA", dir, root, files, where, lambda cls: cls(str(dir), split="all", download=True))
         split = _rows(root / tables[0], 0, where)
         names = sorted(split)
@@ -80,7 +81,7 @@ class Flowers102:
         tables = ["setid.mat", "imagelabels.mat"]
         where = f"{' and '.join(tables)} and the folder jpg in {root}"
         files = [*tables, "jpg"]
-        if any(not (root / file).exists() for file in files):
+        if any(not (root / file).exists() for file in files) or is_locked(dir):
             fetched("Flowers102", dir, root, files, where, lambda cls: cls(str(dir), download=True))
         splits, numbers = _mat(root / tables[0], where), _mat(root / tables[1], where)
         keys = {"train": "trnid", "val": "valid", "test": "tstid"}
