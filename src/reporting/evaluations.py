@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def gather(runs: list[RunFolder], others: list[Path]) -> tuple[dict[str, list[Sc
         scores = read_scores(path)
         if scores:
             found[_owner(scores[0], runs, path)] += scores
-    return {name: _newest(scores, name, notes) for name, scores in found.items()}, notes
+    return {run.name: _newest(found[run.name], run, notes) for run in runs}, notes
 
 
 def _owner(score: Score, runs: list[RunFolder], path: Path) -> str:
@@ -122,7 +123,7 @@ def _owner(score: Score, runs: list[RunFolder], path: Path) -> str:
     raise UserError(f"{path} is of {checkpoint}, which is of none of the runs of this report; leave it out")
 
 
-def _newest(scores: list[Score], run: str, notes: list[str]) -> list[Score]:
+def _newest(scores: list[Score], run: RunFolder, notes: list[str]) -> list[Score]:
     """One number for each protocol, checkpoint's name and seed: the last, which is of the checkpoint as it is now.
 
     A file of a checkpoint's name changes while its run is trained; numbers of two contents are no repeats.
@@ -132,14 +133,26 @@ def _newest(scores: list[Score], run: str, notes: list[str]) -> list[Score]:
     contents: dict[tuple[str, str], str] = {}
     for score in scores:
         contents[score.name, score.checkpoint[0]] = score.checkpoint[1]
+    for (name, file), digest in contents.items():
+        last = max(score.file.stat().st_mtime for score in scores if (score.name, score.checkpoint[0]) == (name, file))
+        contents[name, file] = _digest_now(run.folder / "checkpoints" / file, last) or digest
     for score in scores:
         if contents[score.name, score.checkpoint[0]] != score.checkpoint[1]:
-            note = f"{run}: scores of an earlier {score.checkpoint[0]}, which training has replaced, are left out"
+            note = f"{run.name}: scores of an earlier {score.checkpoint[0]}, which training has replaced, are left out"
             if note not in notes:
                 notes.append(note)
             continue
         newest[score.name, json.dumps([score.protocol, score.checkpoint], sort_keys=True), str(score.seed)] = score
     return list(newest.values())
+
+
+@cache
+def _digest_now(checkpoint: Path, scored: float) -> str | None:
+    """Of a checkpoint that was written after it was scored; None of any other."""
+    from src.files import sha256
+
+    later = checkpoint.is_file() and checkpoint.stat().st_mtime > scored
+    return sha256(checkpoint) if later else None
 
 
 def _finite(value: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Which charts a report has, and how each asks its question."""
 
+import hashlib
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from src.reporting.settings import Comparison, is_number, shown
 
 MOST_SCORES = 8  # that get a chart
 FAR = 25.0  # in ln SNR
+LONGEST = 60  # characters of a name
 Rows = list[dict[str, Any]]
 
 
@@ -71,7 +73,9 @@ def _score(comparison: Comparison, column: Column, number: int) -> Chart | None:
         if key is not None
         else f"How do the settings compare in {column.title}?"
     )
-    safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in column.title)[:60]
+    safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in column.title)
+    if len(safe) > LONGEST:  # titles of one score under several protocols begin alike
+        safe = f"{safe[: LONGEST - 9]}_{hashlib.sha256(column.title.encode()).hexdigest()[:8]}"
     return Chart(
         f"score_{safe}", question, f"{better}{many}{bars}{dots}".strip(), spec, {"means": rows, "runs": single}
     )

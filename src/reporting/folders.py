@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from src.errors import UserError
 from src.reporting.metrics_file import Metrics, read_metrics
-from src.runs import CONFIG, ERROR, METRICS, PRUNED, SUMMARY, Run
+from src.runs import CONFIG, ERROR, LAST, METRICS, PRUNED, SUMMARY, Run
 
 State = Literal["finished", "running", "stopped", "failed", "pruned", "unfinished"]
 DEPTH = 4  # of folders below a sweep's in which runs are looked for
@@ -112,7 +112,19 @@ def _state(folder: Path, summary: dict[str, Any], steps: int, max_steps: int | N
     if (folder / ERROR).is_file():
         said = _first_line(folder / ERROR)
         return ("stopped", said) if said.startswith("stopped by ") else ("failed", said)
+    if steps == 0 and not (folder / METRICS).is_file() and _is_of_others(folder / LAST):
+        return "finished", ""
     return "unfinished", f"ended without a word {progress}: killed, or the machine went down"
+
+
+def _is_of_others(checkpoint: Path) -> bool:
+    """Whether it holds weights that no training here made, as src.convert writes them."""
+    import torch
+
+    try:
+        return "optimizer_states" not in torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # it is not there, or damaged: unpickling raises anything
+        return False
 
 
 def _summary(path: Path, notes: list[str]) -> dict[str, Any]:

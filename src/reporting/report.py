@@ -109,8 +109,11 @@ def _write(path: Path, content: bytes) -> None:
 def _write_figures(folder: Path, figures: dict[str, bytes]) -> None:
     """Writes the figures, and takes away those of an earlier report that this one does not have."""
     folder.mkdir(exist_ok=True)
+    own = folder.parent / ".figures"  # the names of those that reports have written; other pictures are not theirs
+    earlier = own.read_text().splitlines() if own.is_file() else []
+    _write(own, "\n".join(sorted({*earlier, *figures})).encode())
     for name, png in figures.items():
         _write(folder / f"{name}.png", png)
-    for path in folder.glob("*.png"):
-        if path.stem not in figures:
-            path.unlink()
+    for name in {*earlier} - {*figures}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    _write(own, "\n".join(sorted(figures)).encode())

@@ -23,7 +23,12 @@ from src.reporting.text import listed
 LOSSES = {"val/loss_ema": "held-out loss", "val/loss_raw": "held-out loss (raw)"}
 OF_EVALUATION = ("loss", "gap")  # losses, too
 LEARNED = ("schedule", "objective", "weighting", "loss")  # what a loss depends on, beside the images
-IMAGES = ("source", "channels", "image_size", "val_images", "pad", "_target_")  # of the data, what a loss depends on
+# Of the data, what a held-out loss depends on, and what a score against training images does besides.
+IMAGES = (
+    *("source", "channels", "image_size", "val_images", "pad", "_target_"),
+    *("classes", "crop", "resize", "shards", "val_shards", "val_list", "val_seed"),
+)
+TRAINED = ("limit",)
 OWN_CALLBACKS = ("checkpoint", "guard", "ema", "samples")  # those that measure nothing
 HIGHER = ("is_", "precision", "recall", "density", "coverage", "accuracy")
 LOWER = ("fd_", "kd_", "sfid_", "fid", "kid", "memorised", "vlb", "ode", "loss", "colour_drift")
@@ -37,8 +42,8 @@ class Cell(NamedTuple):
         mean: None where no run has a number.
         error: standard error of the mean; None where it cannot be told.
         of: what the error is over: "training seeds", "sampling seeds" or "the score".
-        n: runs whose number went in.
-        expected: runs that the setting has; one that failed is among them.
+        n: seeds whose number went in; of several runs with one seed, their mean.
+        expected: seeds that the setting has; one that failed is among them.
     """
 
     mean: float | None
@@ -186,14 +191,19 @@ def _counted(comparison: Comparison) -> set[str]:
 
 
 def _cell(setting: Setting, by_run: dict[str, tuple[float, float | None]], of_error: dict[str, str]) -> Cell:
-    names = [run.name for run in setting.runs if run.name in by_run]
-    if not names:
-        return Cell(None, None, "", 0, len(setting.runs))
-    mean, error = mean_and_error([by_run[name][0] for name in names])
+    of_seed: dict[str, list[str]] = {}  # runs of one seed are repeats of one training, and tell of no other
+    for run in setting.runs:
+        of_seed.setdefault(_text(run.config.get("seed")), []).append(run.name)
+    numbers = {seed: [by_run[name] for name in names if name in by_run] for seed, names in of_seed.items()}
+    means = [sum(mean for mean, _ in own) / len(own) for own in numbers.values() if own]
+    if not means:
+        return Cell(None, None, "", 0, len(of_seed))
+    mean, error = mean_and_error(means)
     of = "training seeds"
-    if len(names) == 1:
-        error, of = by_run[names[0]][1], of_error[names[0]]
-    return Cell(mean, error, of if error is not None else "", len(names), len(setting.runs))
+    if len(means) == 1:
+        (name, *_) = [run.name for run in setting.runs if run.name in by_run]
+        error, of = by_run[name][1], of_error[name]
+    return Cell(mean, error, of if error is not None else "", len(means), len(of_seed))
 
 
 def _best(cells: dict[str, Cell], better: str | None) -> tuple[tuple[str, ...], str]:
@@ -231,7 +241,7 @@ def protocols_differ(columns: Iterable[Column]) -> list[str]:
 
 def _scored_by(run: RunFolder) -> dict[str, Any]:
     callbacks = {k: v for k, v in run.config.get("callbacks", {}).items() if v is not None and k not in OWN_CALLBACKS}
-    return {"callbacks": callbacks, "data": _images(run)}
+    return {"callbacks": callbacks, "data": _images(run, TRAINED)}
 
 
 def _learned(run: RunFolder) -> dict[str, Any]:
@@ -240,9 +250,9 @@ def _learned(run: RunFolder) -> dict[str, Any]:
     return {**leaves(parts), **leaves({"data": _images(run)})}
 
 
-def _images(run: RunFolder) -> dict[str, Any]:
+def _images(run: RunFolder, more: tuple[str, ...] = ()) -> dict[str, Any]:
     data = run.config["data"]
-    keys = IMAGES if knows_its_images(data) else (*IMAGES, "dir")
+    keys = (*IMAGES, *more) if knows_its_images(data) else (*IMAGES, *more, "dir")
     return {key: data.get(key) for key in keys}
 
 

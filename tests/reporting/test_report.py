@@ -167,12 +167,15 @@ def test_a_second_report_replaces_the_first(command, sweep, tmp_path):
     shutil.copytree(sweep / "0", tmp_path / "run")
     out = tmp_path / "run" / "report"
     (out / "figures").mkdir(parents=True)
-    (out / "figures" / "score_old.png").write_bytes(b"")
+    for name in ("score_old.png", "mine.png"):
+        (out / "figures" / name).write_bytes(b"")
+    (out / ".figures").write_text("score_old")
     outcome = command("report", f"run={tmp_path / 'run'}")
     assert outcome.code == 0, outcome.err
     assert "1 run: 1 finished" in outcome.out
     assert str(out / "report.html") in outcome.out
     assert not (out / "figures" / "score_old.png").exists()
+    assert (out / "figures" / "mine.png").exists()  # of somebody else
     assert rows(out / "report.csv")[0]["fd_pixels"] == "4.0"
     assert "Next comes" not in text(out / "report.html")
 

@@ -1,17 +1,20 @@
 """The columns of scores: means and errors, the best, and what does not belong together."""
 
+import hashlib
 import json
 import math
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from src.errors import UserError
 from src.reporting.evaluations import gather
 from src.reporting.folders import find_runs, read_runs
 from src.reporting.scores import columns, mean_and_error
 from src.reporting.settings import compare
+from src.runs import weights_alone
 from tests.reporting import fabricate
 
 
@@ -112,6 +115,42 @@ def test_scores_of_a_checkpoint_that_training_has_replaced_are_left_out(tmp_path
     assert found.notes == ["0: scores of an earlier last.ckpt, which training has replaced, are left out"]
 
 
+def test_a_score_of_what_the_checkpoint_was_before_is_left_out(tmp_path):
+    """Trained on after the only evaluation: the number is not of what lies there now."""
+    run = fabricate.run(tmp_path / "0")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    fabricate.evaluation(run, "a", {"kd": 2.0}, stamp={"checkpoint_sha256": digest})
+    fabricate.evaluation(run, "b", {"fd": 9.0})
+    for path in (run / "evaluation").glob("*/metrics.json"):
+        os.utime(path, (1, 1))
+    found = table(tmp_path)
+    assert named(found, "kd").cells["0"].mean == 2.0
+    assert not any(column.title == "fd" for column in found.columns)
+    assert found.notes == ["0: scores of an earlier last.ckpt, which training has replaced, are left out"]
+
+
+def test_runs_of_one_seed_are_no_two_seeds(tmp_path):
+    for i, (seed, value) in enumerate([(0, 1.0), (0, 3.0), (1, 4.0)]):
+        fabricate.evaluation(fabricate.run(tmp_path / str(i), seed=seed), "a", {"fd": value})
+    assert named(table(tmp_path), "fd").cells["all runs"] == (3.0, 1.0, "training seeds", 2, 2)
+
+
+def test_weights_of_others_are_counted(tmp_path):
+    """A folder of src.convert: a checkpoint, and no training."""
+    fabricate.evaluation(fabricate.run(tmp_path / "0", **{"schedule.beta_end": 0.01}), "a", {"fd": 1.0})
+    theirs = fabricate.run(tmp_path / "1", finished=False, **{"schedule.beta_end": 0.02})
+    (theirs / "metrics.csv").unlink()
+    (theirs / "checkpoints").mkdir()
+    torch.save(weights_alone({}, {}), theirs / "checkpoints" / "last.ckpt")
+    os.utime(theirs / "checkpoints" / "last.ckpt", (1, 1))
+    fabricate.evaluation(theirs, "a", {"fd": 2.0})
+    column = named(table(tmp_path), "fd")
+    assert [cell.mean for cell in column.cells.values()] == [1.0, 2.0]
+    assert column.best == ("beta_end = 0.01",)
+
+
 def test_the_same_again_counts_once(tmp_path):
     run = fabricate.run(tmp_path / "0")
     for i, value in enumerate((1.0, 2.0)):
@@ -166,6 +205,18 @@ def test_losses_of_two_data_sets_are_not_ranked(tmp_path):
     fabricate.run(tmp_path / "0", **{"optimizer.lr": 0.1})
     fabricate.run(tmp_path / "1", **{"optimizer.lr": 0.2, "data.val_images": 32})
     assert not named(table(tmp_path), "held-out loss").ranked
+
+
+def test_scores_against_the_images_of_two_trainings_stand_apart(tmp_path):
+    """data.limit leaves the images to validate on as they are, and changes what samples are compared with."""
+    for i, limit in enumerate((100, 200)):
+        run = fabricate.run(tmp_path / str(i), **{"data.limit": limit})
+        lines = (run / "metrics.csv").read_text().split("\n")
+        rows = [f"{line},{cell}" for line, cell in zip(lines[:-1], ["score/fd_pixels", "", "", "", "1.0"], strict=True)]
+        (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    found = table(tmp_path)
+    assert sum(column.name == "fd_pixels" for column in found.columns) == 2
+    assert named(found, "held-out loss").ranked
 
 
 def test_scores_that_training_computed_have_a_column_each_protocol(tmp_path):
