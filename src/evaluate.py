@@ -29,7 +29,7 @@ class EvaluateConfig:
     guidance: dict
     labels: str | list[int] | None
     num_samples: int | None
-    num_images: int | None
+    num_images: int | Literal["auto"] | None
     batch_size: int
     seed: int
     weights: str

@@ -43,6 +43,11 @@ def prepare(config: dict[str, Any], out: Path) -> None:
             "shards are read while training goes on, and are not prepared; train with data=webdataset as they are, or "
             "unpack them into a folder and prepare that with data=folder"
         )
+    later = [f"data.{key}={data[key]}" for key in ("limit", "classes", "val_list") if data.get(key) is not None]
+    if later:
+        raise UserError(
+            f"a store holds all images, and {later[0]} belongs to a training from it: give it with data=packed"
+        )
     source = build(data["source"], "data.source")
     if not hasattr(source, "catalogues"):
         raise UserError(

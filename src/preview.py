@@ -17,7 +17,7 @@ class PreviewConfig(TrainConfig):
 
 
 def preview(config: dict[str, Any], out: Path) -> None:
-    """Writes preview.png and preview.json into `out`, and prints what looks wrong."""
+    """Writes preview.png, preview.json and data.png into `out`, and prints what looks wrong."""
     from src.evaluation.preview import look
 
     look(config, out)

@@ -224,6 +224,15 @@ REFUSED = [
 ]
 
 
+def test_few_images_are_enough_where_nobody_asks_for_more(command, score, tmp_path):
+    run = trained(command, tmp_path / "run", "data.val_images=5", "callbacks.samples.num_samples=1")
+    found = score("scores=[loss,colour]", "num_samples=2", "sampler.steps=2", of=run)
+    assert found["loss"]["protocol"]["images"]["number"] == 5
+    outcome = command("evaluate", f"run={run}", f"out={tmp_path}/more", "scores=[loss]", "num_images=6")
+    assert outcome.code == 2
+    assert "num_images=6 is not between 1 and the 5 images" in outcome.err
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
 def test_evaluate_refuses(command, tmp_path, monkeypatch, smoke_run, arguments, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

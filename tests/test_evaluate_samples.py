@@ -10,6 +10,7 @@ import torch
 
 from src.build import build
 from src.evaluation.frechet import distance, moments
+from src.evaluation.sweep import _cells
 from src.evaluation.sweep_picture import pareto
 from src.runs import Run
 
@@ -113,9 +114,18 @@ def test_a_sweep_shares_noise_and_counts_evaluations(command, run, tmp_path):
     assert {path.name for path in out.iterdir()} == {"sweep.csv", "sweep.png", "metrics.json"}
 
 
+def test_what_was_given_of_guidance_goes_with_its_scales():
+    given = {"_target_": "a.Guidance", "scale": 1.5, "rescale": 0.7}
+    sweep = {"samplers": None, "steps": [2, 3], "guidance": [1, 2]}
+    cells = _cells({"sampler": {"steps": 10}, "guidance": given, "sweep": sweep})
+    assert [cell["sampler"]["steps"] for cell in cells] == [2, 2, 3, 3]
+    assert [cell["guidance"] for cell in cells] == [{**given, "scale": scale} for scale in (1, 2, 1, 2)]
+
+
 def test_the_front_is_what_no_other_beats():
     rows = [{"evaluations": n, "fd": fd} for n, fd in [(10, 3.0), (5, 4.0), (5, 5.0), (20, 3.0), (20, 2.0), (40, 2.5)]]
     assert pareto(rows, "fd") == [rows[1], rows[0], rows[4]]
+    assert pareto(rows, "fd", higher=True) == [rows[2]]
 
 
 def saved(path, **arrays):

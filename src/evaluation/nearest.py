@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 512  # queries at a time, and 16 times as many candidates
+ROWS = 512  # queries at a time, and 16 times as many candidates, while they are no more than
+NUMBERS = 2**26  # of them
 
 
 class Neighbours(NamedTuple):
@@ -32,12 +33,14 @@ def nearest(queries: Tensor, candidates: Tensor, k: int) -> Neighbours:
     if not 1 <= k <= len(candidates):
         raise ValueError(f"{len(candidates)} images have no {k} nearest")
     kept = min(k + 4, len(candidates))
+    D = candidates[0].numel()
+    block = max(kept, min(16 * ROWS, NUMBERS // D))
     found = []
-    for rows in queries.split(ROWS):
+    for rows in queries.split(max(1, min(ROWS, NUMBERS // (kept * D)))):
         q = rows.float().flatten(1)
         best = (torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64))
-        for start in range(0, len(candidates), 16 * ROWS):
-            c = candidates[start : start + 16 * ROWS].float().flatten(1)
+        for start in range(0, len(candidates), block):
+            c = candidates[start : start + block].float().flatten(1)
             # centred, so that what all have in common costs no digits
             centre = c.mean(0)
             c, shifted = c - centre, q - centre

@@ -41,7 +41,8 @@ from src.randomness import generator, mix
 from src.reporting.text import duration
 from src.runs import image_shape, refuse_classifier
 
-COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken
+COVARIANCE_IMAGES = 5000  # at most, of which the covariance is taken,
+COVARIANCE_NUMBERS = 2**27  # and at most so many numbers of them
 ORACLE_IMAGES = 2000  # at most, that the finite set consists of
 ORACLE_DRAWS = 512  # noisy images a level, for the finite set's loss
 ORACLE_LEVELS = 25
@@ -176,7 +177,7 @@ PARTS = ("schedule", "objective", "weighting", "density")
 
 
 def look(config: dict[str, Any], out: Path) -> None:
-    """Writes preview.png and preview.json into the folder `out`, and prints the sentences.
+    """Writes preview.png, preview.json and data.png into the folder `out`, and prints the sentences.
 
     Args:
         config: conf/preview.yaml, composed, resolved and checked.
@@ -201,7 +202,8 @@ def look(config: dict[str, Any], out: Path) -> None:
     data.setup("preview")
     if config["num_images"] > len(data.train):
         raise UserError(f"num_images={config['num_images']} is more than the {len(data.train)} training images")
-    chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:COVARIANCE_IMAGES]
+    most = max(2, min(COVARIANCE_IMAGES, COVARIANCE_NUMBERS // math.prod(shape)))
+    chosen = torch.randperm(len(data.train), generator=generator(mix(config["seed"], 0), 0))[:most]
     images = normalize(data.train.take(chosen))
     torch.manual_seed(mix(config["seed"], 1))
     with refusals("data"):

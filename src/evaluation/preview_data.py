@@ -18,7 +18,9 @@ from src.randomness import generator, mix
 
 LOOKED_AT = 2**31  # bytes of pixels, at most; of larger sets images that are spread evenly
 BLOCK = 1024  # images that are looked at together
-BINS = 64  # of the histogram of values
+BINS = 64  # of the histogram of values,
+HISTOGRAM_IMAGES = 4096  # which is of about so many images
+HISTOGRAM_NUMBERS = 2**26  # and of no more numbers than these
 SHOWN = 40  # images in the picture
 EXAMPLES = 3  # that a sentence names
 
@@ -77,7 +79,7 @@ def look_at(data: Data) -> Look:
     channels = train.store.shape[1]
     total = torch.zeros(2, channels, dtype=torch.float64)
     lowest, highest = float("inf"), float("-inf")
-    seen = []
+    seen, shown = [], max(1, min(HISTOGRAM_IMAGES, HISTOGRAM_NUMBERS // train.store[0].numel()))
     for part in numbers.split(BLOCK):
         images = train.take(part)
         x = normalize(images).double()  # (B, C, H, W)
@@ -90,8 +92,8 @@ def look_at(data: Data) -> Look:
             if other != i:
                 copies.append((i, other))
                 contradictions += bool(train.labels[i] != train.labels[other])
-        seen.append(x[:: max(1, len(numbers) // 4096)].transpose(0, 1).flatten(1))
-    values = torch.cat(seen, 1)  # (C, about 4096 H W)
+        seen.append(x[:: max(1, len(numbers) // shown)].transpose(0, 1).flatten(1))
+    values = torch.cat(seen, 1)  # (C, about shown H W)
     edges = torch.linspace(min(-1.0, lowest), max(1.0, highest), BINS + 1, dtype=torch.float64)
     counted = torch.stack([torch.histogram(channel, edges)[0] for channel in values])
     leaks = [

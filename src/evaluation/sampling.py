@@ -138,6 +138,8 @@ def draw(config: dict[str, Any], out: Path, group: Group = ALONE) -> None:
     if group.first:
         devices = setup.device.type if group.size == 1 else f"{group.size} x {setup.device.type}"
         print(f"{n} samples of {setup.run.checkpoint}, {config['weights']} weights, {setup.steps} steps, {devices}")
+        if setup.guidance.active and setup.guidance.needs_labels and setup.run.config.get("label_dropout") == 0:
+            print("note: the run was trained with label_dropout=0, and guidance leads away from what it never learned")
     draw_shards(setup, config["seed"], n, config["batch_size"], shards, group, shown)
     if not group.first:
         return

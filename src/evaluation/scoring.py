@@ -40,11 +40,13 @@ from src.processes import Group
 from src.runs import Run
 
 OVER_FEATURES = ("fd", "kd", "inception_score", "prdc", "sfid")  # scorers over the features of samples
+NEEDS_FEATURES = {*OVER_FEATURES, "accuracy", "memorisation"}
 OF_SAMPLES = (*OVER_FEATURES, "accuracy", "memorisation", "colour")
 OF_NETWORK = ("loss", "vlb", "ode")
 NAMES = (*OF_SAMPLES, *OF_NETWORK)
 MANY_DIMENSIONS = 1000  # features of so many want the papers' number of samples
 BATCH = 256
+FEW = 64  # images that networks are asked about, unless it is said how many
 
 
 @dataclass
@@ -183,6 +185,7 @@ def prepare(config: dict[str, Any], out: Path, group: Group) -> Evaluation:
                 raise UserError(f"{key}={config[key]} must be at least 1")
         run = Run(config["run"])
         features = build(config["features"], "features") if {*names} & {*OF_SAMPLES} else None
+        over_features = bool({*names} & {*OVER_FEATURES, "accuracy"})
     data = group.in_turn(lambda: _data(run))
     with group.agreement():
         shape = tuple(data.train.images.shape[1:])
@@ -190,7 +193,9 @@ def prepare(config: dict[str, Any], out: Path, group: Group) -> Evaluation:
         given = None if config["samples"] is None else load_samples(Path(config["samples"]), shape)
         if given is not None and config["num_samples"] not in (None, len(given.images)):
             raise UserError(f"num_samples={config['num_samples']} and {config['samples']} holds {len(given.images)}")
-        n = config["num_samples"] or (_usual(features, shape) if given is None else len(given.images))
+        n = config["num_samples"] or (
+            _usual(features if over_features else None, shape) if given is None else len(given.images)
+        )
         setup = set_up(config, n)
         if features is not None:
             features.to(setup.device)
@@ -207,14 +212,16 @@ def prepare(config: dict[str, Any], out: Path, group: Group) -> Evaluation:
                 _refuse(scorer, name, evaluation, shape)
             except ValueError as error:
                 chain = isinstance(setup.diffusion.schedule, DiscreteSchedule)
-                if config["scores"] is not None or (name in OF_NETWORK and (name != "vlb" or chain)):
+                applies = name in OF_NETWORK and (name != "vlb" or chain)
+                applies = applies and (name == "loss" or subject.data.num_levels is not None)
+                if config["scores"] is not None or applies:
                     raise UserError(f"{name}: {error}") from error
                 evaluation.left_out[name] = str(error)
                 continue
             evaluation.scorers[name] = scorer
         if not evaluation.scorers:
             raise UserError(f"no score can be had: {'; '.join(evaluation.left_out.values())}")
-        if group.first and features is not None and {*evaluation.scorers} & {*OVER_FEATURES, "accuracy"}:
+        if group.first and features is not None and {*evaluation.scorers} & NEEDS_FEATURES:
             with refusals("features"):
                 features.load()  # what is missing is missed before any sample is drawn
     return evaluation
@@ -307,8 +314,8 @@ def _data(run: Run) -> Any:
     return data
 
 
-def _num_images(asked: int | None, val: ImageSet) -> int:
-    n = len(val) if asked is None else asked
+def _num_images(asked: int | str | None, val: ImageSet) -> int:
+    n = len(val) if asked is None else min(FEW, len(val)) if isinstance(asked, str) else asked
     if not 1 <= n <= len(val):
         raise UserError(f"num_images={n} is not between 1 and the {len(val)} images that this run validates on")
     return n

@@ -65,7 +65,12 @@ def sweep(config: dict[str, Any], out: Path, group: Group) -> None:
     if group.first:
         main = next(name for name in (*MAIN, *scorers) if name in scorers)
         column = scorers[main].names(evaluation.reference.name)[0]
-        save_sweep(rows, column, evaluation.reference.floor if main == "fd" else None, out / "sweep.png")
+        better = next(metrics[name]["better"] for name in metrics if name.startswith(f"{column} "))
+        floor = evaluation.reference.floor if main == "fd" else None
+        save_sweep(rows, column, better == "higher", floor, out / "sweep.png")
+        for name, why in evaluation.left_out.items():
+            if name in names:
+                print(f"  {name} is left out: {why}")
         for name in ("sweep.csv", "sweep.png", "metrics.json"):
             print(f"  {out / name}")
 
@@ -91,7 +96,7 @@ def _cells(config: dict[str, Any]) -> list[dict[str, Any]]:
         if steps is not None:
             cell["sampler"]["steps"] = steps
         if scale is not None:
-            cell["guidance"] = {**option("guidance", "cfg"), "scale": scale}
+            cell["guidance"] = {**config["guidance"], "scale": scale}
         cells.append(cell)
     return cells
 

@@ -9,11 +9,12 @@ COLOURS = ("#3b6ea8", "#d9822b", "#3f8f5b", "#b0413e", "#7a5ba6", "#5a5a5a", "#c
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path: Path) -> None:
+def save_sweep(rows: list[dict[str, Any]], score: str, higher: bool, floor: float | None, path: Path) -> None:
     """Draws rows of sweep.csv: one line a sampler and scale of guidance, and the Pareto front.
 
     Args:
-        score: the column; smaller is better.
+        score: the column.
+        higher: whether more of it is better.
         floor: what real images score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,7 +41,7 @@ def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path
             markersize=5,
             label=label,
         )
-    front = pareto(rows, score)
+    front = pareto(rows, score, higher)
     axes.plot(
         [row["evaluations"] for row in front],
         [row[score] for row in front],
@@ -67,7 +68,7 @@ def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("evaluations of the network, an image")
-    axes.set_ylabel(f"{score} (lower is better)")
+    axes.set_ylabel(f"{score} ({'higher' if higher else 'lower'} is better)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.legend(frameon=False, fontsize=8.5)
@@ -75,10 +76,11 @@ def save_sweep(rows: list[dict[str, Any]], score: str, floor: float | None, path
         figure.savefig(temporary, format="png")
 
 
-def pareto(rows: list[dict[str, Any]], score: str) -> list[dict[str, Any]]:
-    """Rows that no other beats: none has a smaller score for as few evaluations; in order of evaluations."""
+def pareto(rows: list[dict[str, Any]], score: str, higher: bool = False) -> list[dict[str, Any]]:
+    """Rows that no other beats: none has a better score for as few evaluations; in order of evaluations."""
+    sign = -1 if higher else 1
     front: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["evaluations"], row[score])):
-        if not front or row[score] < front[-1][score]:
+    for row in sorted(rows, key=lambda row: (row["evaluations"], sign * row[score])):
+        if not front or sign * row[score] < sign * front[-1][score]:
             front.append(row)
     return front

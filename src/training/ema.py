@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.files import tolerated
 from src.launch import rank
 from src.training.averages import Average, Constant, HalfLife, Power
 from src.training.masters import MasterWeights, full_precision
 from src.training.sharding import Shards, local, shard, whole
-from src.training.snapshots import POSTHOC, write_snapshot
+from src.training.snapshots import FOLDER, POSTHOC, write_snapshot
 from src.training.units import Images, Steps
 
 PRIMARY = "ema"
@@ -147,7 +148,8 @@ class EMA(Callback):
         self._snapshot_step = self._step
         weights = {name: self.state_dict_of_net(name) for name in self.lengths}
         if rank() == 0:
-            write_snapshot(self.run_dir, self._step, self.lengths, weights)
+            with tolerated(self.run_dir / FOLDER):
+                write_snapshot(self.run_dir, self._step, self.lengths, weights)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         primary, *others = self.averages

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -156,6 +157,9 @@ def _offline_reason() -> str | None:
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     if not _has_api_key(host):
         return "no API key: set WANDB_API_KEY or run `wandb login`"
+    proxied = getproxies().get(url.scheme) and not proxy_bypass(host)
+    if os.environ.get("WANDB_MODE") == "online" or proxied:  # the user, or the proxy, knows the way
+        return None
     try:
         socket.create_connection((host, port), timeout=3).close()
     except OSError as error:

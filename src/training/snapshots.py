@@ -20,11 +20,18 @@ POSTHOC = "posthoc"  # the key of checkpoints whose average src.ema made: how it
 
 
 def write_snapshot(run_dir: Path, step: int, lengths: dict[str, float], weights: dict[str, dict[str, Tensor]]) -> None:
-    """Writes the snapshot of a step, in the place of one that is there."""
+    """Writes the snapshot of a step, in the place of one that is there.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
     path = run_dir / FOLDER / f"step={step}.pt"
     path.parent.mkdir(exist_ok=True)
     on_cpu = {average: {name: w.cpu() for name, w in state.items()} for average, state in weights.items()}
-    save({"step": step, "lengths": lengths, "weights": on_cpu}, path)
+    try:
+        save({"step": step, "lengths": lengths, "weights": on_cpu}, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def find_snapshots(run_dir: Path) -> dict[int, Path]:

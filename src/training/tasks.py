@@ -8,6 +8,8 @@ from torch import nn
 from src.build import build, refusals
 from src.data.datamodule import ImageDataModule
 from src.diffusion.levels import TERMINAL_ALPHA
+from src.diffusion.losses import Vlb
+from src.diffusion.weightings import Constant
 from src.errors import UserError
 from src.overrides import as_override
 from src.runs import build_diffusion
@@ -42,7 +44,7 @@ class Task(Protocol):
         """The LightningModule, given what `TrainingModule` takes."""
         ...
 
-    def notes(self) -> list[str]:
+    def notes(self, data: ImageDataModule) -> list[str]:
         """What the user should know before it begins, a line each."""
         ...
 
@@ -109,14 +111,24 @@ class Diffusion:
         own = {name: self.config[name] for name in ("label_dropout", "offset_noise")}
         return DiffusionModule(net, self.diffusion, **own, **shared)
 
-    def notes(self) -> list[str]:
+    def notes(self, data: ImageDataModule) -> list[str]:
+        notes = []
+        if data.flip and data.augment.label_dim and not data.augment.mirrors:
+            notes.append(
+                "note: data.flip=true mirrors images without telling the network, which will draw mirror images too, "
+                f"and {type(data.augment).__name__} mirrors and tells it; set data.flip=false"
+            )
+        if isinstance(self.diffusion.loss, Vlb) and not isinstance(self.diffusion.weighting, Constant):
+            name = type(self.diffusion.weighting).__name__
+            notes.append(f"note: loss=vlb weighs the noise levels itself, and the weighting {name} changes nothing")
         alpha, sigma = (float(v[-1]) for v in self.diffusion.schedule.table())
         if alpha <= TERMINAL_ALPHA * sigma:
-            return []
+            return notes
         return [
+            *notes,
             f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, which "
             "starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or sigma_max, "
-            "or set zero_terminal_snr=true"
+            "or set zero_terminal_snr=true",
         ]
 
     def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
@@ -161,7 +173,7 @@ class Classify:
     def module(self, net: nn.Module, **shared: Any) -> TrainingModule:
         return ClassifierModule(net, None, **shared)
 
-    def notes(self) -> list[str]:
+    def notes(self, data: ImageDataModule) -> list[str]:
         return []
 
     def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
