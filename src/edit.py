@@ -45,10 +45,14 @@ def edit(config: dict[str, Any], out: Path) -> None:
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
     """Where no sampler is asked for: the run's own if it can do what is asked, or else conf/edit.yaml's.
 
-    Inpainting has 50 steps of DDIM with all of DDPM's noise, without which what is painted hardly heeds what is kept.
+    Inpainting has 50 steps of DDIM with all of DDPM's noise, without which what is painted hardly heeds what is kept;
+    sampler=ddim has that noise, too, unless sampler.eta is given.
     """
     own = sample.inherit(run, overrides)
     verbs = [override.removeprefix("verb=") for override in overrides if override.startswith("verb=")]
+    noisy = not own and "sampler=ddim" in overrides and not any(o.startswith("sampler.eta=") for o in overrides)
+    if verbs and verbs[-1] == "inpaint" and noisy:
+        return ["sampler.eta=1.0"]
     if not own or not verbs:
         return own
     if verbs[-1] == "inpaint":

@@ -69,13 +69,21 @@ def launched() -> Launch | None:
 def meeting_point() -> tuple[str, str]:
     """Address and port at which the processes of a launcher meet, which are put into the environment for torch.
 
-    torchrun sets them. Of srun they are the node that it was called on, which is the first of its nodes, and a port
-    that belongs to the job; MASTER_ADDR and MASTER_PORT, where they are set, come before both.
+    torchrun sets them. Of srun they are the first of its nodes, where process 0 is, and a port that belongs to the job
+    and its step; MASTER_ADDR and MASTER_PORT, where they are set, come before both.
     """
     env = os.environ
-    address = env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    port = env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    return address, port
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    address = env.setdefault("MASTER_ADDR", _first_host(nodes) if nodes else "127.0.0.1")
+    number = int(env.get("SLURM_JOB_ID", 0)) + 997 * int(env.get("SLURM_STEP_ID", 0))
+    return address, env.setdefault("MASTER_PORT", str(20000 + number % 20000))
+
+
+def _first_host(nodes: str) -> str:
+    """node07 of node[07-09,12],other3, which is how Slurm writes names."""
+    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None  # it takes anything
+    return "".join(part or "" for part in match.groups())
 
 
 def rank() -> int:

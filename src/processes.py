@@ -162,9 +162,22 @@ def meet(place: Launch, backend: str) -> None:
 
     A process of `src.start` from now on ends when its parent does. When torchrun starts all again, it keeps its store,
     with the addresses of those that have died in it: each attempt gets keys of its own.
+
+    Raises:
+        UserError: when the others do not come.
     """
     _end_with_parent()
     address, port = meeting_point()
+    try:
+        _meet(place, backend, address, port)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {place.world_size} processes that {place.launcher} started did not meet at {address}:{port} "
+            f"({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT say where they shall"
+        ) from error
+
+
+def _meet(place: Launch, backend: str, address: str, port: str) -> None:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     store = None
     if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -185,15 +198,8 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def _join(place: Launch) -> Group:
-    where = ":".join(meeting_point())
-    try:
-        meet(place, "gloo")
-        return Group(place.rank, place.world_size, dist.new_group(timeout=WORK))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the {place.world_size} processes that {place.launcher} started did not meet at {where} "
-            f"({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT say where they shall"
-        ) from error
+    meet(place, "gloo")
+    return Group(place.rank, place.world_size, dist.new_group(timeout=WORK))
 
 
 def count(devices: int | Literal["auto"], device: str) -> int:

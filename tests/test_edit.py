@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from src.edit import inherit
 from src.errors import UserError
 from src.evaluation.editing import read_image, read_mask
 
@@ -15,6 +16,20 @@ from src.evaluation.editing import read_image, read_mask
 def write(path: Path, pixels: np.ndarray) -> Path:
     Image.fromarray(pixels.astype(np.uint8)).save(path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("given", "inherited"),
+    [
+        (["verb=inpaint"], ["sampler=ddim", "sampler.eta=1.0"]),
+        (["verb=inpaint", "sampler=ddim"], ["sampler.eta=1.0"]),
+        (["verb=inpaint", "sampler=ddim", "sampler.eta=0.5"], []),
+        (["verb=inpaint", "sampler=ddpm"], []),
+    ],
+)
+def test_inpainting_has_the_noise_of_ddpm_unless_it_is_told_otherwise(given, inherited):
+    run = {"sampler": {"_target_": "src.diffusion.samplers.DDPM", "steps": 20}, "choices": {"sampler": "ddpm"}}
+    assert inherit(run, ["run=somewhere", *given]) == inherited
 
 
 @pytest.fixture

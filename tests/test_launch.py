@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.launch import Launch, launched, rank, stamp
+from src.launch import Launch, launched, meeting_point, rank, stamp
 from src.training.trainer import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +46,28 @@ def test_a_process_of_its_own(environment):
     assert launched() is None
     assert rank() == 0
     assert is_time(stamp(TIME, resumes=True))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("a1,b2", "a1"),
+        ("gpu[07-09,12],b2", "gpu07"),
+        ("n[3,5-6]", "n3"),
+        ("rack2-n[10-12].site", "rack2-n10.site"),
+    ],
+)
+def test_srun_meets_on_the_first_of_its_nodes_and_not_where_it_was_typed(environment, monkeypatch, nodes, first):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    environment(**SRUN, SLURM_LAUNCH_NODE_IPADDR="10.0.0.1", SLURM_STEP_NODELIST=nodes, SLURM_JOB_NODELIST="other")
+    address, port = meeting_point()
+    assert address == first
+    monkeypatch.delenv("MASTER_PORT")
+    environment(SLURM_STEP_ID="1")
+    assert meeting_point() != (address, port)  # of two steps that run at once
 
 
 def test_torchrun(environment):

@@ -97,11 +97,11 @@ def slerp(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
     Returns:
         (N, C, H, W).
     """
-    cosine = torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
-    theta = cosine.arccos()
-    ends = torch.stack([1 - shares, shares]).to(theta.device)
-    weights = ends if theta.sin() < 1e-6 else (ends * theta).sin() / theta.sin()
-    of_a, of_b = weights.to(a.dtype).view(2, -1, *[1] * a.ndim)
+    ends = [end.cpu().double().flatten() for end in (a, b)]
+    theta = torch.nn.functional.cosine_similarity(*ends, dim=0).clamp(-1, 1).arccos()
+    straight = torch.stack([1 - shares, shares]).cpu()
+    weights = straight if theta.sin() < 1e-6 else (straight * theta).sin() / theta.sin()
+    of_a, of_b = weights.to(a).view(2, -1, *[1] * a.ndim)
     return of_a * a + of_b * b
 
 

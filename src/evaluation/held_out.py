@@ -100,7 +100,7 @@ class HeldOut:
                 x_t = level.alpha * x0 + level.sigma * noise()
                 with torch.no_grad():
                     guess = part.denoise(x_t, level)
-                columns.append((as_guess(guess).x0 - x0).double().square().flatten(1).mean(1).cpu())
+                columns.append((as_guess(guess).x0 - x0).to(subject.dtype).square().flatten(1).mean(1).cpu().double())
                 part.progress(k / len(levels))
             return torch.stack(columns, dim=1)
 

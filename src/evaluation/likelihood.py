@@ -198,7 +198,7 @@ class Vlb:
             noise = NoiseStream(mix(subject.seed, CHAIN), part.indices, tuple(x0.shape[1:]), subject.device)
             with torch.no_grad():
                 rows = vlb(part.denoise, schedule, x0, noise, variance, self.clip, times, part.progress, levels)
-            return Bound(*(row.double().cpu() for row in rows))
+            return Bound(*(row.cpu().double() for row in rows))
 
         shape = tuple(subject.data.images.shape[1:])
         batches = share_out(len(subject.data), subject.batch_size, shape, subject.device, subject.group)
@@ -272,7 +272,7 @@ class Ode:
             density = ode_density(
                 part.denoise, subject.diffusion.schedule, y, probes.to(y), self.rtol, self.atol, part.progress
             )
-            return dequantized_bits(density.log_p, y[0].numel(), levels).double().cpu(), density.evaluations
+            return dequantized_bits(density.log_p, y[0].numel(), levels).cpu().double(), density.evaluations
 
         indices = range(len(subject.data))
         solved = each(

@@ -82,7 +82,7 @@ class SimpleUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         time = self.time_embedding(t)
         if not self.time_conditioning:
-            time = torch.zeros_like(time)
+            time = time * 0  # its parameters keep a gradient, which DDP waits for
         if self.label_embedding is not None:
             time = time + self.label_embedding(y, x.shape[0])
         skips = []

@@ -34,14 +34,12 @@ class ClassifierModule(TrainingModule):
         for row, weights in enumerate((raw, self.ema.swapped())):
             with weights:
                 logits = self.net(batch.x0).float()
-            losses = F.cross_entropy(logits, batch.label, reduction="none").double()
-            right = (logits.argmax(1) == batch.label).double()
-            self._sums[row] += torch.stack([losses.sum(), right.sum()]).cpu()
+            losses = F.cross_entropy(logits, batch.label, reduction="none").cpu().double()
+            right = (logits.argmax(1) == batch.label).cpu().double()
+            self._sums[row] += torch.stack([losses.sum(), right.sum()])
 
     def on_validation_epoch_end(self) -> None:
-        reduce = self.trainer.strategy.reduce
-        sums = reduce(self._sums.to(self.device), reduce_op="sum")
-        count = reduce(self._count.to(self.device), reduce_op="sum")
+        sums, count = self.summed(self._sums), self.summed(self._count)
         (raw, raw_right), (ema, ema_right) = (sums / count).tolist()
         accuracies = {"val/accuracy_raw": raw_right, "val/accuracy_ema": ema_right}
         self.log_validation({"val/loss_raw": raw, "val/loss_ema": ema, **accuracies})

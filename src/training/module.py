@@ -173,12 +173,10 @@ class DiffusionModule(TrainingModule):
         raw: AbstractContextManager[None] = nullcontext()
         for row, weights in enumerate((raw, self.ema.swapped())):
             with weights:
-                self._sums[row] += self.p_losses(x0, t, noise, y).double().cpu() @ bins
+                self._sums[row] += self.p_losses(x0, t, noise, y).cpu().double() @ bins
 
     def on_validation_epoch_end(self) -> None:
-        reduce = self.trainer.strategy.reduce
-        sums = reduce(self._sums.to(self.device), reduce_op="sum")
-        counts = reduce(self._counts.to(self.device), reduce_op="sum")
+        sums, counts = self.summed(self._sums), self.summed(self._counts)
         raw, ema = (sums / counts).tolist()
         quarters = {f"val/loss_ema_q{i + 1}": loss for i, loss in enumerate(ema[1:]) if loss == loss}
         metrics = {"val/loss_raw": raw[0], "val/loss_ema": ema[0], **quarters}

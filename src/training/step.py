@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -99,6 +99,11 @@ class TrainingModule(LightningModule):
         loss = self.mean_loss(losses, u)
         self.seen = (self.seen if part else []) + [torch.stack([loss.detach().expand_as(u), losses.detach(), u])]
         return loss
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """The sum over all processes of float64 sums, on the CPU where the device knows no float64."""
+        there = sums if self.device.type == "mps" else sums.to(self.device)
+        return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum"))
 
     def log_validation(self, metrics: dict[str, float]) -> None:
         """Hands what validation found, the same in all processes, to callbacks and loggers."""

@@ -36,6 +36,13 @@ def test_skip_connections_can_be_cut(level):
     assert (output(False, torch.zeros_like) - cut).abs().max() > 1e-3
 
 
+def test_each_weight_has_a_gradient_also_of_what_is_cut():
+    """DDP waits for the gradient of every parameter."""
+    net = build(time_conditioning=False, skip_connections=False)
+    net(images(), torch.tensor([3, 700])).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
 def test_time_conditioning_can_be_cut():
     """Catches a switch that does nothing, and a time that still leaks in somewhere."""
     x = images()
