@@ -97,8 +97,8 @@ def slerp(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
     Returns:
         (N, C, H, W).
     """
-    ends = [end.cpu().double().flatten() for end in (a, b)]
-    theta = torch.nn.functional.cosine_similarity(*ends, dim=0).clamp(-1, 1).arccos()
+    u, v = (end.cpu().double().flatten() for end in (a, b))
+    theta = torch.nn.functional.cosine_similarity(u, v, dim=0).clamp(-1, 1).arccos()
     straight = torch.stack([1 - shares, shares]).cpu()
     weights = straight if theta.sin() < 1e-6 else (straight * theta).sin() / theta.sin()
     of_a, of_b = weights.to(a).view(2, -1, *[1] * a.ndim)
