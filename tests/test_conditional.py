@@ -128,6 +128,17 @@ def test_an_unconditional_model_has_neither_labels_nor_guidance(command, smoke_r
     assert "was trained without labels" in outcome.err
 
 
+def test_guidance_of_a_network_that_never_lacked_a_label_is_noted(command, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["model.num_classes=10", "label_dropout=0", "trainer.max_steps=1", "callbacks.samples.num_samples=1"]
+    assert command("train", "experiment=smoke", *arguments, f"hydra.run.dir={run}").code == 0
+    guided = ["labels=[3]", "guidance=cfg", "sampler.steps=2"]
+    for settings, noted in ((guided, True), (guided[:1] + guided[2:], False)):
+        outcome = command("sample", f"run={run}", f"out={tmp_path}/out", *settings)
+        assert outcome.code == 0, outcome.err
+        assert ("note: the run was trained with label_dropout=0" in outcome.out) == noted
+
+
 def test_labels_are_dropped_per_image(monkeypatch):
     """Catches one coin for the whole batch."""
     from src.diffusion.densities import Uniform

@@ -1,14 +1,18 @@
 """Sets of torchvision's, on small files in the real formats."""
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from src.data.catalogues.fetching import fetched
 from src.data.sources import CIFAR100, STL10, SVHN, CelebA, Flowers102
 from src.errors import UserError
+from src.lock import Lock, is_locked
 from tests.data.files import encoded, pixels
 
 
@@ -163,3 +167,25 @@ def test_without_a_network_the_way_by_hand_is_told(tmp_path, monkeypatch, source
         (source.load if hasattr(source, "load") else source.catalogues)(dir)
     assert "\n" not in str(caught.value)
     assert not dir.exists()
+
+
+def test_one_process_at_a_time_downloads(tmp_path):
+    """Another that finds files missing, or somebody at work, waits and asks again."""
+
+    def make(_):
+        assert is_locked(tmp_path)
+        (tmp_path / "file").write_bytes(b"")
+        return "made"
+
+    def fetch():
+        return fetched("FakeData", tmp_path, tmp_path, ["file"], "it", make)
+
+    held = Lock(tmp_path)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(fetch)
+        time.sleep(0.3)
+        assert not waiting.done()
+        held.release()
+        assert waiting.result(timeout=30) == "made"
+    assert not is_locked(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

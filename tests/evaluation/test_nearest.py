@@ -18,8 +18,9 @@ def test_as_the_obvious_search_finds_them_whatever_the_blocks(monkeypatch):
     x[:9] += 1e3
     exact = (x.double()[:, None] - y.double()).square().sum(2).sqrt()
     distances, indices = exact.sort(dim=1)
-    for rows in (5, 512):
+    for rows, numbers in ((5, 2**26), (512, 2**26), (512, 12 * 20), (512, 1)):
         monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(module, "NUMBERS", numbers)
         found = nearest(x, y, 4)
         torch.testing.assert_close(found.distances, distances[:, :4], rtol=1e-12, atol=0)
         assert torch.equal(found.indices, indices[:, :4])

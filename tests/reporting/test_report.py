@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from src.reporting import report
+from src.reporting.figures import LONGEST
 from src.reporting.folders import find_runs, read_run, short_names
 from src.reporting.pictures import grids
 from tests.reporting import fabricate
@@ -192,6 +193,19 @@ def test_a_run_as_training_leaves_it(smoke_run, tmp_path):
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert {"train_time", "held_out_time", "loss_by_level", "held_out_by_quarter", "schedule_log_snr"} <= figures
     assert "estimated" not in text(tmp_path / "report.html")
+
+
+def test_columns_whose_titles_begin_alike_have_a_chart_each(tmp_path):
+    long = {"sampler": "a sampler with many settings", "eta": 0.0, "spacing": "trailing", "clip": True}
+    for i in range(2):
+        run = fabricate.run(tmp_path / "sweep" / str(i), **{"schedule.beta_end": 0.01 + i / 100})
+        for weights, steps in (("ema", 10), ("raw", 20)):
+            changed = {**long, "steps": steps, "weights": weights}
+            fabricate.evaluation(run, weights, {"fd_pixels": 1.0 + i}, **changed)
+    report.make([tmp_path / "sweep"], [], _made(tmp_path / "out"))
+    charts = [path.stem for path in (tmp_path / "out" / "figures").glob("score_fd_pixels*")]
+    assert len(charts) == 2
+    assert all(len(name) <= len("score_") + LONGEST for name in charts)
 
 
 def test_thirty_runs_make_a_small_page(tmp_path):

@@ -173,6 +173,39 @@ def test_it_prints_progress_and_where_things_lie(command, tmp_path):
         assert f"{tmp_path / path}" in outcome.out
 
 
+def test_settings_that_have_no_say_are_noted(command, tmp_path):
+    """Flips beside an augmentation that mirrors and tells, and a weighting beside a loss with one of its own."""
+    mirrored = ["augment=edm", "model.augment_dim=9", "data.flip=true"]
+    bound = ["loss=vlb", "model.learned_variance=true", "weighting=min_snr"]
+    short = ["trainer.max_steps=1", "callbacks.samples.num_samples=1", "callbacks.samples.sampler.steps=1"]
+    outcome = command("train", "experiment=smoke", *mirrored, *bound, *short, f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert "note: data.flip=true mirrors images without telling the network" in outcome.out
+    assert "note: loss=vlb weighs the noise levels itself, and the weighting MinSNR changes nothing" in outcome.out
+
+
+def test_ctrl_c_before_the_first_step_is_one_word(command, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("src.training.fit.build_net", interrupted)
+    outcome = command("train", "experiment=smoke", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (outcome.code, outcome.err.strip().splitlines()[-1]) == (130, "stopped")
+    assert "Traceback" not in outcome.err
+
+
+def test_a_snapshot_that_cannot_be_written_stops_nothing(command, monkeypatch, tmp_path):
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left")
+
+    monkeypatch.setattr("src.training.snapshots.save", full)
+    averages = ["averages=edm2", "callbacks.ema.snapshot_every_n_steps=5", "callbacks.samples.num_samples=1"]
+    outcome = command("train", "experiment=smoke", *averages, f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("could not be written (PytorchStreamWriter failed") == 1
+    assert (tmp_path / "summary.json").is_file()
+
+
 def test_help_and_cfg_answer_without_torch():
     """Heavy imports belong inside functions: --help and completion must not wait for them."""
     code = "import sys, src.train, src.sample; print([m for m in ('torch', 'lightning', 'wandb') if m in sys.modules])"

@@ -128,6 +128,18 @@ def test_without_a_network_wandb_works_offline(command, online, tmp_path):
     assert time.monotonic() - started < 60  # a hang, not a speed
 
 
+def test_behind_a_proxy_the_server_is_not_asked_directly(online, monkeypatch):
+    """The proxy knows the way to what this machine cannot reach."""
+    online("http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://proxy:3128")
+    assert loggers._offline_reason() is None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert "cannot be reached" in str(loggers._offline_reason())
+
+
 def test_without_a_key_wandb_works_offline(command, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
