@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import diffusers_example
 from benchmarks.timing import arguments, write_report
-from src.data.datamodule import ImageDataModule
 from src.data.loader import normalize
 from src.data.sources import Digits
 from src.evaluation.frechet import frechet_distance
@@ -161,10 +160,8 @@ def estimate_steps(args: Namespace, seconds: float, skip: int = 5, count: int = 
 
 def loop(args: Namespace, model: nn.Module, max_steps: int) -> Generator[EMAModel, None, None]:
     """The example's training; yields the EMA after each step."""
-    shape = {"channels": 1, "image_size": 8, "num_classes": 10}
     batch = getattr(args, "batch_size", BATCH)
-    data = ImageDataModule(Digits(), dir="", batch_size=batch, flip=False, val_images=128, **shape)
-    data.setup()
+    train = normalize(real()[128:])  # as many as ours trains on
     scheduler = ddpm()
 
     def loss_of(model: nn.Module, x0: Tensor) -> Tensor:
@@ -175,7 +172,7 @@ def loop(args: Namespace, model: nn.Module, max_steps: int) -> Generator[EMAMode
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
     )
-    loader = DataLoader(TensorDataset(normalize(data.train.images)), batch, shuffle=True, drop_last=True)
+    loader = DataLoader(TensorDataset(train), batch, shuffle=True, drop_last=True)
     return diffusers_example(
         model, loss_of, loader, optimizer, max_steps, args.warmup_steps, mixed_precision=args.mixed_precision
     )

@@ -54,7 +54,12 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_lightning()
     config = configuration(
-        *("trainer=cpu", "trainer.precision=32-true", f"data.batch_size={args.batch_size}"),
+        *(
+            "trainer=cpu",
+            "trainer.channels_last=false",
+            "trainer.precision=32-true",
+            f"data.batch_size={args.batch_size}",
+        ),
         *("model.base_channels=8", "model.channel_mults=[1]", "model.attention_resolutions=[]"),
         "model.middle_attention=false",
         due=SKIP + args.steps + 1,

@@ -10,7 +10,8 @@ starts.
   diffusers  for t in scheduler.timesteps: scale_model_input, net, step; `set_timesteps` has gone before, unclocked. The
              scheduler's scalar t is as good as a (B,) for this network
 
-Clipping is the same on both sides, except where a row says that ours clips and diffusers cannot. DDIM's peer keeps the
+Clipping is the same on both sides, except where a row says that ours clips: diffusers does so there only when it is
+told to, by a threshold. DDIM's peer keeps the
 network's eps where ours derives it from the clipped x0: less work for the peer. Noise is what DDPM draws: ours from one
 generator a sample, theirs from one for all; "z given" leaves the drawing out on both sides. Heun takes two evaluations
 a step; diffusers calls each of them one.

@@ -211,7 +211,7 @@ def lucidrains(turns: Turns, size: str, batch: int, bf16: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
         images.mkdir()
-        for i in range(128):
+        for i in range(2048):  # or its loader begins an epoch, with new workers, in every turn
             save_image(torch.rand(shape), images / f"{i}.png")
         trainer = Trainer(
             GaussianDiffusion(net, image_size=shape[1]),

@@ -37,10 +37,11 @@ SAMPLE_BATCH = 250
 
 
 class Contender(Protocol):
-    """Attributes: images a step, and the network's parameters."""
+    """Attributes: images a step, the network's parameters, and whether its learning rate must know the last step."""
 
     batch: int
     parameters: int
+    plans: bool
 
     def train(self, clock: Clock, steps: int) -> None:
         """Begins anew."""
@@ -81,6 +82,8 @@ def contender(name: str, options: Options, overrides: list[str], place: Place) -
 
 class Ours:
     """src.training.fit and src.sample with every default on."""
+
+    plans = True
 
     def __init__(self, options: Options, place: Place) -> None:
         self.settings = [*options["overrides"], f"data.dir={plain_value(str(place.data))}", f"seed={place.seed}"]
@@ -163,6 +166,8 @@ class AsOurs(nn.Module):
 class Diffusers:
     """The loop of its train_unconditional example; images lie in memory, which is more than the example does."""
 
+    plans = True
+
     def __init__(self, options: Options, same: list[str] | None, place: Place) -> None:
         from diffusers import DDPMScheduler
 
@@ -226,21 +231,26 @@ class Diffusers:
     def draw(self, sampler: str, number: int) -> Tensor:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        kind: Any = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}[sampler]
+        name, _, clipped = sampler.partition("_")  # clipped: x0 is, to [-1, 1], and what follows goes on from there
+        kind: Any = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}[name]
+        settings = {"thresholding": True, "sample_max_value": 1.0} if clipped and name != "ddim" else {}
+        further = {"use_clipped_model_output": True} if clipped and name == "ddim" else {}
         generator = torch.Generator().manual_seed(self.seed)
         samples = []
         for low in range(0, number, SAMPLE_BATCH):
-            scheduler = kind.from_config(self.scheduler.config)
+            scheduler = kind.from_config(self.scheduler.config, **settings)
             scheduler.set_timesteps(EVALUATIONS)
             x = torch.randn(min(SAMPLE_BATCH, number - low), *SHAPE, generator=generator) * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
-                x = scheduler.step(self.net(x, t.expand(len(x))), t, x).prev_sample
+                x = scheduler.step(self.net(x, t.expand(len(x))), t, x, **further).prev_sample
             samples.append(as_pixels(x / 2 + 0.5))
         return torch.cat(samples)
 
 
 class Lucidrains:
-    """GaussianDiffusion and Trainer with their defaults; reads PNG files with a worker a core, as its Trainer does."""
+    """GaussianDiffusion and Trainer; reads PNG files with a worker a core, as its Trainer does."""
+
+    plans = False
 
     def __init__(self, options: Options, same: list[str] | None, place: Place) -> None:
         self.options, self.same, self.place = options, same, place
@@ -264,6 +274,7 @@ class Lucidrains:
             train_batch_size=self.batch,
             train_lr=self.options["lr"],
             train_num_steps=steps,
+            ema_update_every=self.options["ema_every"],
             augment_horizontal_flip=False,  # digits are not symmetric
             save_and_sample_every=10**9,
             results_folder=(self.place.folder / "results").as_posix(),

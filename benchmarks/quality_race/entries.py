@@ -19,7 +19,10 @@ DIFFUSERS, LUCIDRAINS = "diffusers", "lucidrains"
 DIFFUSERS_SAME, LUCIDRAINS_SAME = "diffusers, same network", "lucidrains, same network"
 
 EVALUATIONS = 50  # of the network, a sample
-SAMPLERS = {DIFFUSERS: ("ddim", "dpmsolver++"), LUCIDRAINS: ("ddim",)}  # of the peers
+SAMPLERS = {  # of the peers
+    DIFFUSERS: ("ddim", "ddim_clipped", "dpmsolver++", "dpmsolver++_clipped"),
+    LUCIDRAINS: ("ddim",),
+}
 
 Options = dict[str, Any]
 
@@ -27,7 +30,7 @@ Options = dict[str, Any]
 TUNED: dict[str, Options] = {
     OURS: {"samplers": ["midpoint"], "overrides": []},
     DIFFUSERS_SAME: {"batch": 64, "lr": 2e-3, "warmup": 100, "samplers": [*SAMPLERS[DIFFUSERS]]},
-    LUCIDRAINS_SAME: {"batch": 64, "lr": 2e-3, "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    LUCIDRAINS_SAME: {"batch": 64, "lr": 2e-3, "ema_every": 1, "samplers": [*SAMPLERS[LUCIDRAINS]]},
     DIFFUSERS: {
         "batch": 64,
         "lr": 2e-3,
@@ -37,7 +40,14 @@ TUNED: dict[str, Options] = {
         "blocks": 1,
         "samplers": [*SAMPLERS[DIFFUSERS]],
     },
-    LUCIDRAINS: {"batch": 32, "lr": 2e-3, "dim": 16, "mults": [1, 2, 4], "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    LUCIDRAINS: {
+        "batch": 32,
+        "lr": 2e-3,
+        "dim": 16,
+        "mults": [1, 2, 4],
+        "ema_every": 1,
+        "samplers": [*SAMPLERS[LUCIDRAINS]],
+    },
 }
 TABLES = {
     "same network": (OURS, DIFFUSERS_SAME, LUCIDRAINS_SAME),
