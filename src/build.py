@@ -9,7 +9,6 @@ import difflib
 import importlib
 import inspect
 import math
-import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from src.errors import UserError
 
 SPECIAL = ("_target_", "_partial_")
-KNOWN = ("src.", "torch.optim.")  # where what a configuration out of a file may call lies
-OF_TRAINING = ("callbacks", "logger")
-CALLED = re.compile(r"_target_['\"]?\s*[:=]\s*['\"]?([\w.]+)")
 
 
 def build(node: Mapping[str, Any], path: str, /, **runtime: Any) -> Any:
@@ -74,56 +70,6 @@ def check(node: Any, path: str) -> None:
         check_arguments(locate(node["_target_"], path), node, path)
     for key, value in node.items():
         check(value, join(path, key))
-
-
-def check_known(config: Mapping[str, Any], file: Any) -> None:
-    """Holds a configuration that came inside a file of weights, which may be anybody's, to classes of this project.
-
-    Callbacks and logger are left aside: they are of a training, and none is built out of a file.
-
-    Raises:
-        UserError: when it, or one of the overrides that it brings, would call anything else.
-    """
-    parts = {key: node for key, node in config.items() if key not in OF_TRAINING}
-    foreign = [target for target in _targets(parts) if not _known(target)]
-    foreign += [o for o in map(str, config.get("overrides") or ()) if not _harmless(o)]
-    if foreign:
-        raise UserError(
-            f"{file} holds a configuration that calls {foreign[0]!r}, and out of a file of weights "
-            "only classes of this project are called; if you trust it, give the folder of the run, with its config.yaml"
-        )
-
-
-def _targets(node: Any) -> Iterator[Any]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _targets(value)
-
-
-def _harmless(override: str) -> bool:
-    """Whether it is a plain setting: no flag, none of Hydra's own, and what it would call is known."""
-    key = override.lstrip("+~")
-    if key.startswith(OF_TRAINING):
-        return True
-    called = CALLED.findall(override)
-    whole = len(called) == override.count("_target_")
-    return not override.startswith("-") and not key.startswith("hydra") and whole and all(map(_known, called))
-
-
-def _known(target: Any) -> bool:
-    """Whether it is a class, defined below one of KNOWN; nothing else is imported to find out."""
-    if not isinstance(target, str) or not target.startswith(KNOWN):
-        return False
-    try:
-        found = locate(target, "")
-    except UserError:  # of another version of this project: refused where it is built, by name
-        return True
-    return inspect.isclass(found) and found.__module__.startswith(KNOWN)
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:

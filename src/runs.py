@@ -4,10 +4,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.build import build, check_known, refusals
+from src.build import build, refusals
 from src.errors import UserError, reason
 from src.files import check_sums, sha256
 from src.shapes import as_pair
+from src.trust import check_known
 
 if TYPE_CHECKING:
     import torch

@@ -37,8 +37,8 @@ def configuration(metadata: dict[str, str], path: Path) -> dict[str, Any] | None
     Raises:
         UserError: when it would call what is not of this project.
     """
-    from src.build import check_known
     from src.runs import PARTS
+    from src.trust import check_known
 
     try:
         config = json.loads(metadata.get(CONFIG, "null"))

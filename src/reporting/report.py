@@ -111,9 +111,8 @@ def _write_figures(folder: Path, figures: dict[str, bytes]) -> None:
     folder.mkdir(exist_ok=True)
     own = folder.parent / ".figures"  # the names of those that reports have written; other pictures are not theirs
     earlier = own.read_text().splitlines() if own.is_file() else []
-    _write(own, "\n".join(sorted({*earlier, *figures})).encode())
-    for name, png in figures.items():
-        _write(folder / f"{name}.png", png)
     for name in {*earlier} - {*figures}:
         (folder / f"{name}.png").unlink(missing_ok=True)
     _write(own, "\n".join(sorted(figures)).encode())
+    for name, png in figures.items():
+        _write(folder / f"{name}.png", png)

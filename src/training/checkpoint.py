@@ -82,10 +82,10 @@ class Checkpoint(Callback):
         if not validation_follows and (names := self._due(trainer.global_step) + self._best(trainer)):
             self._settle()
             self._save(trainer, names)
+        if asked and not validation_follows:
+            self._stop(trainer)
         if asked:
             self._save_at_the_end(trainer)
-            if not validation_follows:
-                self._stop(trainer)
             self._stopping = True  # after the validation, which a continued run would not make up for
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +125,7 @@ class Checkpoint(Callback):
         return names
 
     def _stop(self, trainer: Trainer) -> None:
-        self._settle(final=True)
+        self._save_at_the_end(trainer)
         trainer.strategy.barrier("stopped")  # all go on until the first has saved
         raise self.stop.stopped(trainer.global_step)
 

@@ -122,14 +122,13 @@ class Diffusion:
             name = type(self.diffusion.weighting).__name__
             notes.append(f"note: loss=vlb weighs the noise levels itself, and the weighting {name} changes nothing")
         alpha, sigma = (float(v[-1]) for v in self.diffusion.schedule.table())
-        if alpha <= TERMINAL_ALPHA * sigma:
-            return notes
-        return [
-            *notes,
-            f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, which "
-            "starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or sigma_max, "
-            "or set zero_terminal_snr=true",
-        ]
+        if alpha > TERMINAL_ALPHA * sigma:
+            notes.append(
+                f"note: the schedule ends with alpha / sigma = {alpha / sigma:.3f} of the image left, and sampling, "
+                "which starts from pure noise, starts from the wrong distribution; raise beta_end, num_timesteps or "
+                "sigma_max, or set zero_terminal_snr=true"
+            )
+        return notes
 
     def report(self, metrics: dict[str, float], folder: Path, step: int) -> list[str]:
         return [
