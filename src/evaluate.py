@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.cli import command
+from src.errors import UserError
 from src.overrides import plain_value, same_job
 from src.sample import inherit as inherit_sampler
 
@@ -116,7 +117,19 @@ def _detail(name: str, made: dict[str, Any]) -> str:
 
 
 def inherit(run: dict[str, Any], overrides: list[str]) -> list[str]:
-    """The run's own sampler, features that suit the size of its images, and its folder, where none are asked for."""
+    """The run's own sampler, features that suit the size of its images, and its folder, where none are asked for.
+
+    Raises:
+        UserError: for settings of one sampler beside sweep.samplers, which takes several as they are.
+    """
+    given = [override.lstrip("+~") for override in overrides]
+    swept = any(key.startswith("sweep.samplers=") and key != "sweep.samplers=null" for key in given)
+    ignored = next((key for key in given if key.startswith(("sampler=", "sampler."))), None)
+    if swept and ignored is not None:
+        raise UserError(
+            f"{ignored} has no effect on sweep.samplers, which takes each sampler as it is; leave one of them out, or "
+            "vary the number of steps with sweep.steps"
+        )
 
     def asked(key: str) -> bool:
         return any(override.startswith(f"{key}=") for override in overrides)

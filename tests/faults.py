@@ -5,6 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from src import processes
+from src.training import score
 from src.training.sharding import local
 from tests.helpers import rows
 
@@ -87,6 +91,20 @@ class OnlyAtFirst(Callback):
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.first = trainer.global_step == 0
+
+
+class SlowReference(Callback):
+    """The group in which gradients are shared waits for a process for so many seconds, and a reference takes half as
+    many again: the ten minutes and an hour of a large set, in short."""
+
+    def __init__(self, patience: float) -> None:
+        score.reference = partial(self._reference, score.reference, 1.5 * patience)  # type: ignore[attr-defined]
+        processes.JOIN = timedelta(seconds=patience)
+
+    @staticmethod
+    def _reference(compute: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return compute(*arguments)
 
 
 class SlowStep(OnlyAtFirst):

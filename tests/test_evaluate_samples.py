@@ -169,6 +169,7 @@ def test_samples_that_are_not_what_they_should_be(command, run, tmp_path, arrays
         (["features=inception", "scores=[prdc]", "num_samples=70"], "weights-inception"),
         (["features=pixel"], "there is no option features=pixel; did you mean features=pixels"),
         (["sweep.samplers=[ddim,dim]"], "there is no option sampler=dim; did you mean sampler=ddim"),
+        (["sweep.samplers=[ddim,heun]", "sampler.steps=9"], "sampler.steps=9 has no effect on sweep.samplers"),
         (["sweep.steps=5"], "sweep.steps=5 must be a list"),
         (["sweep.steps=[0]"], "sampler"),
         (["sweep.guidance=[2]"], "needs labels to guide towards"),

@@ -80,7 +80,8 @@ def main(plan: dict[str, Any]) -> None:
     seconds_a_step = pace.seconds_a_step
     for _ in range(ATTEMPTS):
         steps = planned_steps(budget, seconds_a_step) if entry.plans else FOREVER
-        print(f"{plan['name']}: {seconds_a_step:.3f} s a step, {steps:,} steps planned", flush=True)
+        planned = f"{steps:,} steps planned" if entry.plans else "trained until the time is over"
+        print(f"{plan['name']}: {seconds_a_step:.3f} s a step, {planned}", flush=True)
         clock = Clock(budget)
         torch.manual_seed(place.seed)
         entry.train(clock, steps)

@@ -29,8 +29,8 @@ Options = dict[str, Any]
 # Those of the peers are to be made as good as they get: `--try` runs one trial.
 TUNED: dict[str, Options] = {
     OURS: {"samplers": ["midpoint"], "overrides": []},
-    DIFFUSERS_SAME: {"batch": 64, "lr": 2e-3, "warmup": 100, "samplers": [*SAMPLERS[DIFFUSERS]]},
-    LUCIDRAINS_SAME: {"batch": 64, "lr": 2e-3, "ema_every": 1, "samplers": [*SAMPLERS[LUCIDRAINS]]},
+    DIFFUSERS_SAME: {"batch": 32, "lr": 2e-3, "warmup": 100, "samplers": [*SAMPLERS[DIFFUSERS]]},
+    LUCIDRAINS_SAME: {"batch": 32, "lr": 2e-3, "ema_every": 1, "samplers": [*SAMPLERS[LUCIDRAINS]]},
     DIFFUSERS: {
         "batch": 64,
         "lr": 2e-3,

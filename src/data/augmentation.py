@@ -149,15 +149,18 @@ class Edm:
         probability: of each augmentation but mirroring left to right; 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQv2.
         log2_scale: standard deviation of the scale, in powers of two.
         log2_anisotropy: the same of the scale along one axis, and its inverse across it.
+        tilted: share of the anisotropic scalings whose axis is turned by a4; of the others it is the image's width.
+            Table 6 turns all, the authors' code, which made their figures, half of them.
         translation: standard deviation of the shift, as a share of the image's width and height.
 
     Raises:
-        ValueError: when probability is outside [0, 1], or a standard deviation is negative.
+        ValueError: when probability or tilted is outside [0, 1], or a standard deviation is negative.
     """
 
     probability: float = 0.12
     log2_scale: float = 0.2
     log2_anisotropy: float = 0.2
+    tilted: float = 0.5
     translation: float = 0.125
     label_dim = 9
     mirrors = False
@@ -165,6 +168,8 @@ class Edm:
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability={self.probability} must lie in [0, 1]; Karras et al. use 0.12 and 0.15")
+        if not 0 <= self.tilted <= 1:
+            raise ValueError(f"tilted={self.tilted} must lie in [0, 1]; Karras et al. use 0.5")
         for name in ("log2_scale", "log2_anisotropy", "translation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 is none")
@@ -175,13 +180,14 @@ class Edm:
         coins = (torch.rand(n, 2, generator=g) < 0.5).float()
         angles = (torch.rand(n, 2, generator=g) * 2 - 1) * pi
         normal = torch.randn(n, 4, generator=g)
+        tilted = (torch.rand(n, generator=g) < self.tilted).float()
         return torch.stack(
             [
                 coins[:, 0],
                 coins[:, 1] * mirror_y,
                 normal[:, 0] * scale,
                 angles[:, 0] * rotate,
-                angles[:, 1] * stretch,
+                angles[:, 1] * stretch * tilted,
                 normal[:, 1] * stretch,
                 normal[:, 2] * shift,
                 normal[:, 3] * shift,

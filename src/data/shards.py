@@ -16,15 +16,14 @@ from glob import has_magic
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.request import urlopen
 
 from src.data.catalogue import BrokenImageError
 from src.data.decoding import SUFFIXES
+from src.data.remote import Remote
 from src.errors import UserError
 
 BLOCK = 512  # bytes: what tar files are made of
 BUFFER = 2**20
-TIMEOUT = 60  # seconds without a byte
 URL = re.compile(r"https?://")
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -119,7 +118,7 @@ def samples(shard: str, skip: int = 0) -> Iterator[Sample]:
 @contextmanager
 def _opened(shard: str) -> Iterator[Any]:
     with ExitStack() as stack:
-        raw: Any = urlopen(shard, timeout=TIMEOUT) if URL.match(shard) else FileIO(shard)
+        raw: Any = Remote(shard) if URL.match(shard) else FileIO(shard)
         stream: Any = stack.enter_context(io.BufferedReader(stack.enter_context(raw), BUFFER))
         yield stack.enter_context(gzip.open(stream)) if shard.endswith("gz") else stream
 

@@ -16,6 +16,7 @@ class Density:
     """Base of all densities; most know nothing of losses."""
 
     learns = False
+    weighs = False  # part of the loss: what is drawn more often counts for more
 
     def __call__(self, batch: int, device: torch.device, schedule: Schedule) -> Tensor:
         """u, (batch,) float32 in [0, 1), from torch's global generator."""
@@ -70,6 +71,7 @@ class _Normal(Density):
 
     mean: float = 0.0
     std: float = 1.0
+    weighs = True
 
     def __post_init__(self) -> None:
         if self.std <= 0:

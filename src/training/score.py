@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -13,6 +14,7 @@ from src.evaluation.extraction import extract
 from src.evaluation.features import Features
 from src.evaluation.reference import Reference, reference
 from src.evaluation.scores import Frechet
+from src.processes import WORK
 from src.training.drawing import draw_samples
 from src.training.units import Steps
 
@@ -68,11 +70,16 @@ class SampleScore(Callback):
         self._reference: Reference | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Features of a million images take longer than the patience of the group in which gradients are shared.
+        patient: Any = dist.new_group(backend="gloo", timeout=WORK) if trainer.world_size > 1 else None
         if trainer.is_global_zero:
             self.features.to(pl_module.device)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             with refusals("callbacks.score"):
                 self._reference = reference(self.features, data.train.levels.cpu(), self.cache)
+        if patient is not None:
+            dist.barrier(patient)
+            dist.destroy_process_group(patient)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step

@@ -444,6 +444,50 @@ def test_shards_come_over_http(shards):
         next(iter(loader(module(shards, **{**settings, "val_shards": "val-000.tar"}))))
 
 
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_shard_goes_on_where_the_connection_broke(shards, monkeypatch, ranges):
+    """Catches a broken connection taken for a shard's end, bytes read twice, and a busy server that ends the run."""
+    waits = []
+    monkeypatch.setattr("src.data.remote.time.sleep", waits.append)
+    whole = (shards / "train-000.tar").read_bytes()
+    asked: list[int] = []
+
+    class Breaking(_Quiet):
+        """Sends a third of the file at most; is busy when asked for the second time."""
+
+        def do_GET(self) -> None:
+            start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            asked.append(start)
+            if len(asked) == 2:
+                self.send_error(503)
+                return
+            start = start if ranges else 0
+            assert not start or self.headers["If-Range"] == '"v1"'
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", '"v1"')
+            self.send_header("Content-Length", str(len(whole) - start))
+            self.end_headers()
+            self.wfile.write(whole[start : start + len(whole) // 3])
+
+    server = _Server(("127.0.0.1", 0), Breaking)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/train-000.tar"
+    try:
+        if ranges:
+            found = [(sample.image, sample.label) for sample in samples(url)]
+            assert found == [(s.image, s.label) for s in samples(str(shards / "train-000.tar"))]
+            third = len(whole) // 3
+            assert asked == [0, third, third, 2 * third]
+            assert waits == [1, 5, 1]
+        else:
+            with pytest.raises(UserError, match="does not give the rest of the file"):
+                list(samples(url))
+            assert waits == [1, 5, 25]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without asking for the machine's name, which takes long where no name server answers."""

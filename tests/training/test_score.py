@@ -5,6 +5,7 @@ import torch
 
 from src.evaluation.frechet import distance, moments
 from tests.helpers import rows
+from tests.warm import finish
 
 SCORED = ("callbacks=scored", "callbacks.score.every_n_steps=8", "callbacks.score.num_samples=70")
 NAME = "score/fd_pixels"
@@ -44,6 +45,16 @@ def test_the_score_is_that_of_the_averaged_weights_and_the_best_is_kept_by_it(co
     data.setup()
     ours, real = (moments(x.flatten(1).double() / 255) for x in (images, data.train.images))
     assert scored[20] == pytest.approx(distance(ours, real).value, rel=1e-5)
+
+
+def test_processes_wait_for_a_reference_that_takes_long(cache, tmp_path):
+    """Catches the ten minutes after which a group gives a process up, where a large set's features take an hour."""
+    run = tmp_path / "run"
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=8"]
+    slow = ["+callbacks.slow._target_=tests.faults.SlowReference", "+callbacks.slow.patience=4"]
+    code = finish("experiment=smoke", *SCORED, *two, *slow, f"hydra.run.dir={run}", output=tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text()
+    assert [row[NAME] != "" for row in rows(run)] == [False, True]
 
 
 @pytest.mark.parametrize(
