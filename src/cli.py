@@ -52,16 +52,16 @@ def options(group: str) -> list[str]:
     return sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
 
 
-def _register_stamp(resumes: bool = False) -> None:
-    """${stamp:<time format>} in a configuration is Hydra's ${now:...}, but one for all processes of a job."""
-    OmegaConf.register_new_resolver("stamp", functools.partial(stamp, resumes=resumes), replace=True, use_cache=True)
+def _stamp(time_format: str, resume: str | None = None) -> str:
+    """${stamp:<time format>,${resume}} in a configuration is Hydra's ${now:...}, but one for all processes of a job."""
+    return stamp(time_format, resumes=resume == "auto")
 
 
 OmegaConf.register_new_resolver("options", _options, replace=True)
 OmegaConf.register_new_resolver("share", share, replace=True)
 OmegaConf.register_new_resolver("packed", described, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
-_register_stamp()
+OmegaConf.register_new_resolver("stamp", _stamp, replace=True, use_cache=True)
 Task = Callable[[dict[str, Any], Path], Any]
 Inherit = Callable[[dict[str, Any], list[str]], list[str]]
 
@@ -91,7 +91,6 @@ def command(name: str, schema: type, task: Task, inherit: Inherit | None) -> Cal
                 others += _one_sweep_folder(others)
             elif "hydra/sweeper=optuna" in others:
                 raise UserError("hydra/sweeper=optuna runs many jobs: say so with -m")
-            _register_stamp(resumes="resume=auto" in others)
             sys.argv[1:] = flags + _with_inherited(others, inherit)  # argparse takes -m only before the overrides
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         except UserError as error:
@@ -230,7 +229,9 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
         return argv
     from src.runs import CONFIG, Run
 
-    if "resume=auto" in overrides and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
+    if (
+        any(o.lstrip("+") == "resume=auto" for o in overrides) and not Path(str(value), CONFIG).is_file()
+    ):  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
     inherited = inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides)

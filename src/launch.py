@@ -105,7 +105,7 @@ def stamp(time_format: str, resumes: bool) -> str:
     """
     launch = launched()
     if launch is None:
-        name = _slurm_name() if resumes and not _is_interactive() and "SUBMITIT_EXECUTOR" not in os.environ else None
+        name = _slurm_name() if resumes and _is_batch_job() else None
     elif launch.launcher == "torchrun":
         name = _torchrun_name(launch, time_format)
     else:
@@ -114,8 +114,12 @@ def stamp(time_format: str, resumes: bool) -> str:
 
 
 def is_named() -> bool:
-    """Whether the job has a name that its next attempt has, too."""
-    return launched() is not None or "SLURM_JOB_ID" in os.environ
+    """Whether the folder of a job that resumes has a name that its next attempt has, too."""
+    return launched() is not None or _is_batch_job()
+
+
+def _is_batch_job() -> bool:
+    return "SLURM_JOB_ID" in os.environ and not _is_interactive() and "SUBMITIT_EXECUTOR" not in os.environ
 
 
 def _in_slurm_step() -> bool:

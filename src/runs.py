@@ -48,9 +48,10 @@ class Run:
         self.in_folder = True
         self._source: Source | None = None  # of a model that no training here wrote
         self._others: list[Path] = []  # to continue from when it is damaged, in this order
-        if not (path / CONFIG).is_file():
-            from src.interop.source import find
+        from src.interop.diffusers import is_folder
+        from src.interop.source import find
 
+        if not (path / CONFIG).is_file():
             self._source = find(path)
         if self._source is not None:
             self.in_folder = False
@@ -77,6 +78,8 @@ class Run:
             )
         if not self.in_folder:
             check_known(config, self.checkpoint)
+        elif is_folder(path):  # which somebody else may have made, config.yaml and all
+            check_known(config, f"{path / CONFIG}, beside a model of diffusers,")
         self.config: dict[str, Any] = config
 
     def _read_config(self) -> Any:

@@ -9,14 +9,15 @@ from src.build import locate
 from src.errors import UserError
 
 KNOWN = ("src.", "torch.optim.")  # where the classes lie that it may call
-OF_TRAINING = ("callbacks", "logger")
+OF_TRAINING = ("callbacks", "logger", "optimizer", "lr_schedule")
 CALLED = re.compile(r"_target_['\"]?\s*[:=]\s*['\"]?([\w.]+)")
 
 
 def check_known(config: Mapping[str, Any], file: Any) -> None:
     """Holds a configuration that came inside a file of weights, which may be anybody's, to classes of this project.
 
-    Callbacks and logger are left aside: they are of a training, and none is built out of a file.
+    Callbacks, logger, optimiser and its schedule are left aside: they are of a training, and none is built out of a
+    file.
 
     Raises:
         UserError: when it, or one of the overrides that it brings, would call anything else.

@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from src import processes
+from src.errors import UserError
 from src.training import score
 from src.training.sharding import local
 from tests.helpers import rows
@@ -191,6 +192,17 @@ class StopAt(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step + 1 in self.steps and trainer.global_step + 1 > self._began:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class DieAt(Callback):
+    """Ends the command by an exception after a step, with nothing saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise UserError("died")
 
 
 class CountCollectives(Callback):

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -41,6 +42,22 @@ def test_every_experiment_passes_the_schema_and_builds(experiment):
             build(sampler, "sampler").path(diffusion.schedule)
     for part in ("optimizer", "lr_schedule", "data"):
         build(config[part], part)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (["data=folder"], True),
+        (["data=folder", "trainer.max_steps=9"], False),
+        (["data=folder", "experiment=images"], False),
+        (["model=unet_tiny"], False),
+    ],
+)
+def test_a_set_of_ones_own_is_not_trained_by_the_recipe_of_the_digits_unsaid(overrides, noted):
+    config = configuration(*overrides)
+    data = SimpleNamespace(flip=False, augment=build(config["augment"], "augment"))
+    notes = build(config["task"], "task", config=config).notes(data)
+    assert any("as in experiment=digits, 1,000 steps at a learning rate of 0.002" in note for note in notes) == noted
 
 
 @pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] not in NOT_BUILT_ALONE])
@@ -177,6 +194,16 @@ def test_a_run_folder_is_named_by_experiment_and_time():
         config = compose("train", ["experiment=smoke"], return_hydra_config=True)
     assert Path(config.hydra.run.dir).parts[:2] == ("outputs", "smoke")
     assert Path(config.hydra.sweep.dir).parts[:3] == ("outputs", "multirun", "smoke")
+
+
+@pytest.mark.parametrize(("resume", "name"), [("auto", "slurm-7"), ("null", None)])
+def test_a_job_of_slurm_that_resumes_is_named_by_it_wherever_that_is_said(monkeypatch, resume, name):
+    """Catches resume=auto that counts as an argument alone, and not in an experiment's file."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["experiment=smoke", f"++resume={resume}"], return_hydra_config=True)
+    folder = Path(config.hydra.run.dir).name
+    assert folder == name if name else folder.startswith("20")
 
 
 @pytest.mark.parametrize(

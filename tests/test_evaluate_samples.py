@@ -157,6 +157,15 @@ def test_samples_that_are_not_what_they_should_be(command, run, tmp_path, arrays
     assert not (tmp_path / "out").exists()
 
 
+def test_an_array_that_is_no_archive_is_refused(command, run, tmp_path):
+    """Catches numpy's own error: an .npy file opens, and is no context."""
+    np.save(tmp_path / "samples.npy", GOOD)
+    path = tmp_path / "samples.npy"
+    outcome = command("evaluate", f"run={run}", f"out={tmp_path / 'out'}", "scores=[fd]", f"samples={path}")
+    assert outcome.code == 2
+    assert "is damaged or no .npz file" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -170,6 +179,7 @@ def test_samples_that_are_not_what_they_should_be(command, run, tmp_path, arrays
         (["features=pixel"], "there is no option features=pixel; did you mean features=pixels"),
         (["sweep.samplers=[ddim,dim]"], "there is no option sampler=dim; did you mean sampler=ddim"),
         (["sweep.samplers=[ddim,heun]", "sampler.steps=9"], "sampler.steps=9 has no effect on sweep.samplers"),
+        (["sweep.steps=[5]", "samples=theirs.npz"], "samples=theirs.npz are drawn already, and a sweep draws its own"),
         (["sweep.steps=5"], "sweep.steps=5 must be a list"),
         (["sweep.steps=[0]"], "sampler"),
         (["sweep.guidance=[2]"], "needs labels to guide towards"),

@@ -145,7 +145,7 @@ def test_a_hopeless_trial_is_pruned(command, tmp_path):
         *["train", "-m", "hydra/sweeper=optuna", "experiment=smoke", f"hydra.sweep.dir={tmp_path}"],
         *["optimizer.lr=1e-2,1e-7", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=3"],
         *["hydra/sweeper/pruner=none", "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner"],
-        *["+hydra.sweeper.pruner.upper=0.95", "trainer.val_every_n_steps=5"],
+        *["+hydra.sweeper.pruner.upper=0.95", "trainer.val_every_n_steps=5", "trainer.log_every_n_steps=10"],
     )
     assert outcome.code == 0, outcome.err
     steps = {}

@@ -48,13 +48,31 @@ def page(all_results: Sequence[Results], images: str = "images/lessons") -> str:
     return "\n".join(parts)
 
 
+SCORED = {
+    "steps": (
+        ", and for each of its runs `python -m src.evaluate run=... "
+        "'sweep.samplers=[ddpm,ddim,dpmpp_2m]' 'sweep.steps=[5,10,20,50,100]'`"
+    )
+}
+LEGEND = """
+*Loss: of held-out images, mean over noise levels. Error in the noise: mean square of predicted less true eps.*
+"""
+LEGENDS = {
+    "schedule": """
+*Steps wasted: the share of noise levels that sampling could begin below, and a perfect network would miss less than 1%
+by it. Missed by a perfect network: by beginning with pure noise, where training ends with some of the image left.*
+""",
+    "steps": "",
+}
+
+
 def _section(number: int, results: Results, images: str) -> str:
     lesson, name = LESSONS[results["name"]], results["name"]
     found = "\n".join(f"- {_sentence(sentence)}" for sentence in lesson.judge(results))
-    cost = f"{results['jobs']} runs, {results['seconds'] / 60:.1f} minutes with scores"
+    cost = f"{results['jobs']} runs, {results['seconds'] / 60:.1f} minutes with their scores"
     return f"""## {number}. {lesson.title}
 
-`python -m src.train experiment=lessons/{name}` ({cost})
+`python -m src.train experiment=lessons/{name}`{SCORED.get(name, "")} ({cost})
 
 *What one is told:* {lesson.told}
 
@@ -65,7 +83,7 @@ def _section(number: int, results: Results, images: str) -> str:
 ![{lesson.title}: samples from the same noise]({images}/{name}.png)
 
 {_table(results)}
-"""
+{LEGENDS.get(name, LEGEND)}"""
 
 
 def _sentence(text: str) -> str:

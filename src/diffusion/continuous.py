@@ -75,7 +75,7 @@ class Karras(VarianceExploding):
     With the spacing linspace a sampler visits the noise levels of EDM.
 
     Args:
-        rho: larger is denser at small sigma.
+        rho: larger is denser at small sigma, here and in the spacing karras.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
@@ -162,6 +162,9 @@ class Flow(Continuous):
 
     def _unshifted(self, t: Tensor) -> Tensor:
         return t / (self.shift - (self.shift - 1) * t)
+
+    def prior_std(self, first: Level) -> float:
+        return first.sigma  # a path that starts before t = 1 (leading) has less noise there, not more signal
 
     def level_at(self, log_snr: float) -> Level:
         t = 1 / (1 + exp(log_snr))

@@ -3,6 +3,7 @@
 New density: one subclass with `__call__`, one YAML in conf/density.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,12 @@ class Stratified(Density):
     """
 
     def __call__(self, batch: int, device: torch.device, schedule: Schedule) -> Tensor:
-        offset = torch.rand(1, dtype=torch.float32, device=device)
-        return (torch.arange(batch, dtype=torch.float32, device=device) / batch + offset) % 1
+        return _evenly(batch, device)
+
+
+def _evenly(batch: int, device: torch.device) -> Tensor:
+    offset = torch.rand(1, dtype=torch.float32, device=device)
+    return (torch.arange(batch, dtype=torch.float32, device=device) / batch + offset) % 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class _Normal(Density):
 
     Args:
         mean, std: of the normal distribution.
+        stratified: one draw in each of `batch` parts of equal probability, as `Stratified` has it: each is distributed
+            as before, and the loss of a batch varies less.
 
     Raises:
         ValueError: when std is not positive.
@@ -71,6 +78,7 @@ class _Normal(Density):
 
     mean: float = 0.0
     std: float = 1.0
+    stratified: bool = False
     weighs = True
 
     def __post_init__(self) -> None:
@@ -78,7 +86,10 @@ class _Normal(Density):
             raise ValueError(f"std={self.std} must be positive")
 
     def normal(self, batch: int, device: torch.device) -> Tensor:
-        return self.mean + self.std * torch.randn(batch, dtype=torch.float32, device=device)
+        if not self.stratified:
+            return self.mean + self.std * torch.randn(batch, dtype=torch.float32, device=device)
+        inside = _evenly(batch, device).clamp_(2**-24, BELOW_ONE)  # where the normal distribution has a quantile
+        return self.mean + self.std * math.sqrt(2) * (2 * inside - 1).erfinv()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.diffusion.densities import Density
 from src.diffusion.guidance import Guess
 from src.diffusion.levels import BELOW_ONE, Level, Schedule
-from src.diffusion.losses import Loss, Simple, Terms
+from src.diffusion.losses import Loss, Simple, Terms, Vlb
 from src.diffusion.objectives import Objective
 from src.diffusion.posterior import Posterior
 from src.diffusion.schedules import DiscreteSchedule
@@ -76,11 +76,15 @@ class GaussianDiffusion:
                 f"{alpha_t[worst].item():.1e} and sigma {sigma_t[worst].item():.1e}: use weighting=constant, or a "
                 "schedule that keeps some signal to its end"
             )
-        if self._over_log_snr and density.weighs:
+        if density.weighs and (self._over_log_snr or isinstance(self.loss, Vlb)):
+            whole = (
+                f"loss {type(self.loss).__name__}"
+                if isinstance(self.loss, Vlb)
+                else f"weighting {type(weighting).__name__}"
+            )
             raise ValueError(
-                f"weighting {type(weighting).__name__} is the whole weight of a noise level, and density "
-                f"{type(density).__name__} would weigh it once more: use density=uniform, stratified or importance, or "
-                "weighting=constant"
+                f"{whole} is the whole weight of a noise level, and density {type(density).__name__} would weigh it "
+                "once more: use density=uniform, stratified or importance"
             )
         # Where the objective is at home x_t is handed over as it is: no work, and no rounding.
         self.scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)

@@ -4,6 +4,7 @@ A level is a pair (alpha, sigma): x = alpha x0 + sigma eps. Between schedules ln
 signal-to-noise ratio, is the only clock that means the same.
 """
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 TimeSpacing = Literal["leading", "linspace", "trailing", "quadratic"]
 Spacing = Literal["leading", "linspace", "trailing", "quadratic", "log_snr", "karras"]
-KARRAS_RHO = 7.0  # Karras et al. 2022, Sec. 3
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 # alpha / sigma; a schedule that ends above it leaves so much of the image that pure noise is a wrong start
 TERMINAL_ALPHA = 0.02
+LEAST_ALPHA = 0.005  # below it x_t is noise to any network, and steps decide nothing
 
 
 class Level(NamedTuple):
@@ -36,9 +37,11 @@ class Schedule:
 
     Attributes:
         chain_length: steps of the whole chain; for a continuous schedule, what ancestral sampling takes for it.
+        rho: of the spacing karras; larger is denser at small sigma.
     """
 
     chain_length: int
+    rho: float = 7.0  # Karras et al. 2022, Sec. 3
 
     def time(self, u: Tensor) -> Tensor:
         """The time, (B,), at the share `u`, (B,) float32 in [0, 1), of the schedule's length."""
@@ -82,10 +85,12 @@ class Schedule:
         trailing:  1, 1 - 1 / steps, ...
         quadratic: from 0 to 1, dense near 0
         log_snr:   ln(alpha / sigma) evenly between the ends, as suits the DPM-Solver family (Sec. 3.4, Lu et al. 2022a)
-        karras:    (sigma / alpha)^(1 / 7) evenly between the ends (Eq. 5, Karras et al. 2022)
+        karras:    (sigma / alpha)^(1 / rho) evenly between the ends (Eq. 5, Karras et al. 2022)
 
-        Where no signal is left at the noisiest level, the last two, which cannot measure it there, take one step of
-        trailing first.
+        The last two would spend most of their steps where a schedule such as cosine, whose alpha falls to 5e-5, has no
+        signal to speak of: there they start at LEAST_ALPHA (as DPM-Solver does, near alpha = 0.008, and EDM, at
+        sigma / alpha = 80). Where no signal at all is left, which they cannot measure, they take one step of trailing
+        first.
 
         Raises:
             ValueError: when steps is out of range, or there is no such spacing.
@@ -100,6 +105,8 @@ class Schedule:
         if first.alpha == 0:
             before = [first]
             first = self._in_time(steps, "trailing")[1] if steps > 1 else last
+        elif first.alpha < LEAST_ALPHA < last.alpha:
+            first = self.level_at(math.log(LEAST_ALPHA) - math.log1p(-(LEAST_ALPHA**2)) / 2)
         return [*before, *self._between(first, last, steps - len(before), spacing == "karras"), CLEAN]
 
     def _between(self, first: Level, last: Level, steps: int, karras: bool) -> list[Level]:
@@ -108,8 +115,8 @@ class Schedule:
             return [first] * steps
         ends = torch.tensor([level.alpha / level.sigma for level in (first, last)], dtype=torch.float64).log()
         if karras:
-            roots = (-ends / KARRAS_RHO).exp()  # (sigma / alpha)^(1 / rho)
-            log_snr = -KARRAS_RHO * torch.linspace(float(roots[0]), float(roots[1]), steps, dtype=torch.float64).log()
+            roots = (-ends / self.rho).exp()  # (sigma / alpha)^(1 / rho)
+            log_snr = -self.rho * torch.linspace(float(roots[0]), float(roots[1]), steps, dtype=torch.float64).log()
         else:
             log_snr = torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64)
         # the ends as they are, not as rounding would have them

@@ -91,9 +91,8 @@ class DiscreteSchedule(Schedule):
         return (2 * at).sigmoid().sqrt(), (-2 * at).sigmoid().sqrt()
 
     def share(self, log_snr: Tensor) -> Tensor:
-        falling = self._log_snr.to(log_snr.device)
-        middles = (falling[1:] + falling[:-1]) / 2
-        index = torch.searchsorted(-middles, -log_snr.double())
+        middles = (self._log_snr[1:] + self._log_snr[:-1]) / 2
+        index = torch.searchsorted(-middles.float().to(log_snr.device), -log_snr.float())  # Apple's GPUs lack float64
         return ((index + 0.5) / self.num_timesteps).clamp(max=BELOW_ONE).float()
 
     def slope(self, t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Samples that were drawn elsewhere: an .npz in the layout of guided-diffusion's evaluator."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def load_samples(path: Path, shape: tuple[int, int, int]) -> Given:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, TypeError) as error:
         raise UserError(
             f"samples={path} is damaged or no .npz file ({reason(error)}); src.sample writes one"
         ) from error

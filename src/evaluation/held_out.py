@@ -66,9 +66,10 @@ class HeldOut:
             for k, level in enumerate(levels)
         ]
         difference = loss[: len(other)] - other[: len(loss)]  # of pairs that were given the same noise
+        gap = mean_and_error(difference, {"held_out": float(loss.mean()), "trained": float(other.mean())})
         return {
             "loss": mean_and_error(loss, {"levels": rows, "eps": float((held_out @ eps).mean()) / len(levels)}),
-            "gap": mean_and_error(difference, {"held_out": float(loss.mean()), "trained": float(other.mean())}),
+            "gap": gap._replace(better=None),  # small where little was learned, and where nothing was learned by heart
         }
 
     def levels(self, subject: Subject) -> list[Level]:

@@ -35,7 +35,7 @@ class Compared(NamedTuple):
     @property
     def flagged(self) -> Tensor:
         """(N,) bool."""
-        return self.samples.distances[:, 0] < self.threshold
+        return self.samples.distances[:, 0] <= self.threshold  # copies, too, where real images have copies themselves
 
     @property
     def suspicion(self) -> Tensor:

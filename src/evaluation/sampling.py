@@ -19,6 +19,7 @@ from src.errors import UserError
 from src.evaluation.shards import Shards
 from src.files import replacing
 from src.files import shown as shown_path
+from src.launch import rank
 from src.models.norm import faster_channels_last
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
 from src.processes import ALONE, Group
@@ -98,6 +99,9 @@ def set_up(config: dict[str, Any], num_samples: int, loaded: tuple[Run, nn.Modul
         steps = len(sampler.path(diffusion.schedule)) - 1
     net = loaded[1] if loaded else placed(run.load_net(config["weights"]), device)
     labels = _labels(config["labels"], net, num_samples, run.checkpoint)
+    conditional = getattr(net, "num_classes", None) is not None
+    if loaded is None and rank() == 0 and labels is None and conditional and run.config.get("label_dropout") == 0:
+        print("note: the network never learned to do without labels, and was given none; labels=all draws each class")
     guidance = build(config["guidance"], "guidance")
     with refusals("sampler"):
         sampler.check(net)
@@ -107,8 +111,8 @@ def set_up(config: dict[str, Any], num_samples: int, loaded: tuple[Run, nn.Modul
             "cannot; choose sampler=ddim, euler or ddpm"
         )
     if labels is None and guidance.active and guidance.needs_labels:
-        can = getattr(net, "num_classes", None) is not None
-        reason = "no labels were given; add labels=all or labels=[...]" if can else f"{run.checkpoint} {NO_LABELS}"
+        asked = "no labels were given; add labels=all or labels=[...]"
+        reason = asked if conditional else f"{run.checkpoint} {NO_LABELS}"
         raise UserError(f"guidance.scale={guidance.scale} needs labels to guide towards: {reason}")
     num_classes = None if labels is None else net.num_classes
     guide = _guide(guidance, run, config["weights"], device, num_classes)

@@ -33,6 +33,10 @@ def sweep(config: dict[str, Any], out: Path, group: Group) -> None:
     others = [name for name in config["scores"] or [] if name not in names]
     if others:
         raise UserError(f"a sweep scores samples over features; leave {', '.join(others)} out of scores")
+    if config["samples"] is not None:
+        raise UserError(
+            f"samples={config['samples']} are drawn already, and a sweep draws its own; leave one of them out"
+        )
     evaluation = prepare({**config, "scores": config["scores"] and names}, out, group)
     scorers = {name: scorer for name, scorer in evaluation.scorers.items() if name in names}
     if not scorers:

@@ -43,6 +43,8 @@ def assemble(
     if source.config is None:
         merged = adopt(config, _with_plain(source.parts, overrides), overrides)
         merged["data"] = _data(merged, overrides)
+        if not touched(overrides, "label_dropout"):
+            merged["label_dropout"] = source.label_dropout
         merged["overrides"] = overrides
     elif overrides:
         raise UserError(

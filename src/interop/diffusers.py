@@ -53,11 +53,15 @@ def read(path: Path) -> Source:
     scheduler = next((p for p in (path / "scheduler" / SCHEDULER, path / SCHEDULER) if p.is_file()), None)
     if scheduler is not None and config is None:
         parts |= diffusers_scheduler.read_scheduler(_json(scheduler), scheduler)
-    return Source(parts, weights, lambda model: _state(model, weights, with_none=config is not None), config)
+
+    def state(model: dict[str, Any]) -> "dict[str, Tensor]":
+        return _state(model, weights, with_none=config is not None)
+
+    return Source(parts, weights, state, config, has_none=kind == diffusers_dit.CLASS)
 
 
 def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:
-    """A folder with the network and its scheduler; of a U-Net, one that DDPMPipeline.from_pretrained takes.
+    """A folder with the network and its scheduler; of a U-Net without labels, one that DDPMPipeline takes.
 
     Raises:
         UserError: for what diffusers cannot express, before anything is written.
@@ -89,8 +93,8 @@ def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:
         NETWORKS[kind]: ["diffusers", kind],
     }
     texts = {Path(NETWORKS[kind], CONFIG): theirs, Path("scheduler", SCHEDULER): scheduler}
-    if isinstance(net, UNet):
-        texts[Path(INDEX)] = index  # there is no pipeline of a DiT without a VAE
+    if isinstance(net, UNet) and net.num_classes is None:  # no pipeline asks for labels, nor for a DiT without a VAE
+        texts[Path(INDEX)] = index
     for name, content in texts.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path / name) as temporary:

@@ -176,7 +176,8 @@ def write_config(node: dict[str, Any], net: UNet) -> dict[str, Any]:
     """
     defaults = {k: p.default for k, p in inspect.signature(UNet).parameters.items()}
     ours: dict[str, Any] = {**defaults, **{k: v for k, v in node.items() if k != "_target_"}}
-    must = {"patch_size": 1, "self_conditioning": False, "skip_scale": 1, "time_scale": 1, "early_labels": False}
+    must: dict[str, Any] = {"patch_size": 1, "self_conditioning": False, "skip_scale": 1, "time_scale": 1}
+    must |= {"early_labels": False, "augment_dim": 0}
     for key, value in must.items():
         if ours[key] != value:
             raise _inexpressible(f"model.{key}={ours[key]}")

@@ -17,11 +17,13 @@ from src.errors import UserError, reason
 from src.interop import diffusers, own
 from src.randomness import generator
 from src.runs import Run, build_diffusion, image_shape
+from src.trust import check_known
 
 Network = Callable[..., Tensor]
 LIMIT = 1e-4  # the largest difference, over the largest output where that is more than 1
 TOLD = (0.1, 0.5, 0.9)  # of the schedule's length, where outputs are compared
 LARGEST = 2**30  # bytes of weights inside model.onnx, which can hold 2 GiB; larger ones lie beside it
+CARRYING = ("safetensors", "diffusers")  # the configuration, which is held to this project when it is read
 ORACLE = "src.evaluation.oracle.Oracle"
 
 
@@ -37,6 +39,8 @@ def write(run: Run, weights: str, kind: str, out: Path) -> tuple[list[Path], flo
     """
     if run.config["model"]["_target_"] == ORACLE:
         raise UserError(f"run={run.folder} is an oracle, which has no weights; export a network that was trained")
+    if kind in CARRYING:
+        check_known(run.config, f"run={run.folder}")
     net = run.load_net(weights)
     inputs = _inputs(net, run.config, rows=len(TOLD))
     with tempfile.TemporaryDirectory(dir=out, prefix=".export_", ignore_cleanup_errors=True) as folder:

@@ -50,12 +50,19 @@ class Source:
         weights: the file that the weights are in.
         state: reads them, as the state of the network that a node of conf/model describes.
         config: the whole configuration, where the file holds one.
+        has_none: whether a network with labels was trained without them, too, and has weights for that.
     """
 
     parts: dict[str, dict[str, Any]]
     weights: Path
     state: "Callable[[dict[str, Any]], dict[str, Tensor]]"
     config: dict[str, Any] | None = None
+    has_none: bool = False
+
+    @property
+    def label_dropout(self) -> float:
+        """As a training has it that drops labels as often as theirs did, or not at all."""
+        return 0.1 if self.has_none else 0.0
 
     def as_run(self) -> dict[str, Any]:
         """The configuration of a run that could have made it."""
@@ -69,6 +76,7 @@ class Source:
             "seed": 0,
             "overrides": [],
             "choices": choices(parts),
+            "label_dropout": self.label_dropout,
             **parts,
             "sampler": sampler,
             "data": data_for(model, seed=0),

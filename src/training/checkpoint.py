@@ -4,17 +4,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from src.errors import UserError
 from src.files import shown
 from src.overrides import as_override
+from src.processes import mean
 from src.runs import BEST, FORMAT, LAST
 from src.training.guard import Guard
+from src.training.masters import full_precision
 from src.training.score import SampleScore
 from src.training.stop import Stop
-from src.training.units import Steps
+from src.training.units import Steps, in_a_step
 from src.training.writer import CheckpointWriter
 
 VALIDATION = "val/loss_ema"
@@ -71,8 +74,8 @@ class Checkpoint(Callback):
         self._stopping = False  # once the validation that follows is over
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # in the middle of a step
+        if in_a_step(trainer):
+            return
         if self.writer.failed():
             self._settle()
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # Lightning's own count of when to validate
@@ -113,7 +116,7 @@ class Checkpoint(Callback):
         scores = [c for c in trainer.callbacks if isinstance(c, SampleScore)]  # type: ignore[attr-defined]
         new = validated if self.monitor == VALIDATION else scores[0].scored_step == trainer.global_step
         value = float(trainer.callback_metrics[self.monitor]) if new else float("inf")
-        if value >= self.best:
+        if value >= self.best or self.guard.in_trouble():  # when nothing is saved
             return []
         self.best = value
         return [BEST]
@@ -132,12 +135,16 @@ class Checkpoint(Callback):
     def _save_at_the_end(self, trainer: Trainer) -> None:
         self._settle(final=trainer.global_step == self._saved_step)
         if trainer.global_step != self._saved_step:
-            self._save(trainer, [LAST])
+            self._save(trainer, [LAST], last=True)
             self._settle(final=True)
 
-    def _save(self, trainer: Trainer, names: list[Path]) -> None:
-        """Saves under all names at once; what was saved last stays where it is while steps are bad."""
-        if not names or self.guard.in_trouble():
+    def _save(self, trainer: Trainer, names: list[Path], last: bool = False) -> None:
+        """Saves under all names at once; while steps are bad what was saved before stays where it is.
+
+        Args:
+            last: nothing follows; steps that were left out have changed no weights, and those before them count.
+        """
+        if not names or (self.guard.in_trouble() and not (last and _finite(trainer.lightning_module))):
             return
         if LAST in names:
             self._saved_step = trainer.global_step
@@ -172,3 +179,9 @@ class Checkpoint(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
         checkpoint["format"] = FORMAT
+
+
+def _finite(module: Any) -> bool:
+    """Whether all weights are, in all processes."""
+    weights = [weight for _, weight in full_precision(module.net, module.masters)]
+    return bool(mean(torch.stack([weight.detach().isfinite().all() for weight in weights]).all().float()) == 1)

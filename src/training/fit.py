@@ -5,8 +5,10 @@ What a user can get wrong is found before anything is written to the run's folde
 
 import inspect
 import json
+import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +31,7 @@ from src.lock import Lock
 from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
 from src.randomness import another
-from src.runs import CONFIG, LAST, SUMMARY, Run, build_net, check_architecture, image_shape, net_state
+from src.runs import CONFIG, LAST, PREVIOUS, SUMMARY, Run, build_net, check_architecture, image_shape, net_state
 from src.start import start
 from src.training.checkpoint import VALIDATION
 from src.training.ending import explained
@@ -67,7 +69,9 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     Stop.give_back()  # of a training before this one in a sweep
     run, resume = None, None
     changes: list[str] = []
+    went_back = False
     if config["run"] is not None:
+        went_back = Path(config["run"]).is_file()
         run = Run(config["run"])
         run_dir = run.folder
         config, changes = continued(config, run)
@@ -80,7 +84,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
         start(same_job("train", run_dir), settings.num_devices, SIGNALS)
         if not (run_dir / SUMMARY).is_file():  # nothing was left to train, of a run that was killed after its last step
             return float(Run(run_dir).load_checkpoint()["callbacks"]["Checkpoint"]["best"])
-        return float(json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"])
+        loss = json.loads((run_dir / SUMMARY).read_text())["metrics"]["val/loss_ema"]
+        return math.nan if loss is None else float(loss)
 
     for line in changes:
         say(line)
@@ -101,6 +106,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             torch.cuda.set_device(launch.local_rank)
         meet(launch, "nccl" if settings.device_type == "cuda" else "gloo")
     with _claimed(run_dir, written, continued=run is not None):
+        if run is not None and went_back:
+            _forget_later(run, run_dir)
         exit_code, loggers = 1, _loggers(written, run_dir, sweep)
         try:
             for logger in loggers:
@@ -238,6 +245,17 @@ def _go_back(
         guard.begin_anew()
     say(f"note: {diverged}; going back to step {step}, with another order of images and noise")
     return (run if resume else None), resume
+
+
+def _forget_later(run: Run, run_dir: Path) -> None:
+    """Makes the checkpoint that the user goes back to the last one: what came after it must not return by itself."""
+    if rank() != 0 or run.checkpoint.name == LAST.name:
+        return
+    with replacing(run_dir / LAST) as temporary:
+        shutil.copyfile(run.checkpoint, temporary)
+    if run.checkpoint.name != PREVIOUS.name:
+        (run_dir / PREVIOUS).unlink(missing_ok=True)
+    say(f"note: {run.checkpoint.name} is the last checkpoint now; those of later steps are left behind")
 
 
 def _is_of_a_peer(error: RuntimeError) -> bool:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from src.training.diagnosis import diagnose
+from src.training.units import in_a_step
 
 WARMUP = 100  # good steps before a loss can be called exploded, and over which the usual loss is averaged
 LINES = 10  # of skipped steps that are named, of one process
@@ -100,7 +101,7 @@ class Guard(Callback):
     @staticmethod
     def leave_out(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], bad: Tensor) -> None:
         """Makes the optimiser's next step do nothing to its parameters and its state, if it is bad."""
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones: the device itself skips
+        if optimizer.param_groups[0].get("fused"):  # the device itself skips
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:
             for parameter in parameters:
@@ -119,7 +120,7 @@ class Guard(Callback):
         Raises:
             Diverged: after `patience` bad steps in a row.
         """
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if in_a_step(trainer):
             return
         if pl_module.device.type != "cpu" and trainer.global_step % self.patience:
             return

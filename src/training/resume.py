@@ -14,6 +14,7 @@ FREE = (
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps")),
     *(f"trainer.{name}" for name in ("val_every_n_steps", "log_every_n_steps", "compile", "channels_last")),
     *("trainer.deterministic", "trainer.requeue_code", "callbacks.checkpoint", "callbacks.samples", "callbacks.guard"),
+    "callbacks.score",
     *("logger", "sampler", "data.dir", "metric", "callbacks.ema.also", "callbacks.ema.snapshot_every_n_steps"),
     "model.gradient_checkpointing",
     "data.workers",
@@ -83,12 +84,17 @@ def continued(config: dict[str, Any], run: Run) -> tuple[dict[str, Any], list[st
                 f"{key}={new} is not what this run was started with ({key}={old}); a continued run keeps its experiment"
                 f", start a new one to change it"
             )
-        lines.append(f"continuing with {key}={new} instead of {old}")
+        missing = _missing(config, key)
+        lines.append(
+            f"continuing with {key}={new} instead of {old}" if not missing else f"continuing without {missing}"
+        )
         _set(merged, key, new, present=key in now)
+        if missing:
+            _set(merged, missing, None, present=_missing(config, missing) is None)
     if merged["trainer"]["max_steps"] != saved["trainer"]["max_steps"] and "Cosine" in saved["lr_schedule"]["_target_"]:
         lines.append("note: the learning rate's cosine now ends at the new max_steps: it jumps where the run goes on")
     kept = [override for override in given if not override.startswith(("run=", "resume="))]
-    return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}, lines
+    return {**merged, "run": str(run.folder), "overrides": [*started_with, *kept]}, list(dict.fromkeys(lines))
 
 
 def say(text: str) -> None:
@@ -105,11 +111,24 @@ def _set(node: dict[str, Any], key: str, value: Any, present: bool) -> None:
     """Sets, or removes, the leaf with a dotted name."""
     *parents, name = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
     if present:
         node[name] = value
     else:
         node.pop(name, None)
+
+
+def _missing(config: dict[str, Any], key: str) -> str | None:
+    """The part of a dotted name whose node a configuration lacks, or has as null, though the name goes on below it."""
+    node: Any = config
+    *parents, name = key.split(".")
+    for i, parent in enumerate(parents):
+        node = node.get(parent)
+        if not isinstance(node, dict):
+            return ".".join(parents[: i + 1])
+    return None if name in node else key
 
 
 def _touches(override: str, key: str) -> bool:

@@ -12,7 +12,7 @@ from src.files import tolerated
 from src.pictures import enlarge, grid, save_png
 from src.training.drawing import draw_samples
 from src.training.loggers import log_image
-from src.training.units import Steps
+from src.training.units import Steps, in_a_step
 
 
 class SampleGrid(Callback):
@@ -51,6 +51,8 @@ class SampleGrid(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
+        if in_a_step(trainer):
+            return
         if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._drawn_step:
             self._drawn_step = step
             self.draw(trainer, pl_module)

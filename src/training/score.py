@@ -16,7 +16,7 @@ from src.evaluation.reference import Reference, reference
 from src.evaluation.scores import Frechet
 from src.processes import WORK
 from src.training.drawing import draw_samples
-from src.training.units import Steps
+from src.training.units import Steps, in_a_step
 
 
 class SampleScore(Callback):
@@ -83,6 +83,8 @@ class SampleScore(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
+        if in_a_step(trainer):
+            return
         if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self.scored_step:
             self.scored_step = step
             self.score(trainer, pl_module)

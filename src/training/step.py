@@ -84,10 +84,6 @@ class TrainingModule(LightningModule):
         if self.device_mesh is not None:  # of trainer=fsdp
             self.masters = Shards(self.net, self.device_mesh["data_parallel"], beside=self.loss)
 
-    def on_fit_start(self) -> None:
-        if self.masters is not None:
-            self.masters.to(self.device)
-
     @property
     def accumulated(self) -> int:
         """Batches that make up a step."""
@@ -122,8 +118,14 @@ class TrainingModule(LightningModule):
             counts.update(dict.fromkeys(counts, batches))
         if isinstance(self.masters, MasterWeights):
             self.masters.load(net_state(checkpoint["state_dict"]))
+        # Whether the optimiser is fused is of this run's precision and not of the saved one's.
+        made = self.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
+            group.update({key: made[key] for key in ("fused", "foreach") if key in made})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.masters is not None:  # before anything, such as an average, takes hold of their memory
+            self.masters.to(self.device)
         weights: Iterable[Any] = self.net.parameters() if self.masters is None else self.masters.parameters
         of_loss = () if self.loss is None else self.loss.parameters()
         optimizer = self.make_optimizer(p for p in (*weights, *of_loss) if p.requires_grad)

@@ -1,6 +1,7 @@
 """summary.json: what a reader wants to know of a finished run."""
 
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -57,7 +58,14 @@ def summarize(
 def write(summary: dict[str, Any], path: Path) -> None:
     """Writes the summary as JSON."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(node: Any) -> Any:
+    """With null for what JSON has no word for: the loss of a run that ended before its first row."""
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 @torch.no_grad()

@@ -113,6 +113,13 @@ class Diffusion:
 
     def notes(self, data: ImageDataModule) -> list[str]:
         notes = []
+        chosen = {"experiment": None, "data": None, **self.config.get("choices", {})}
+        asked = any(override.startswith(("experiment=", "trainer.max_steps=")) for override in self.config["overrides"])
+        if chosen["experiment"] == "digits" and chosen["data"] != "digits" and not asked:
+            notes.append(
+                f"note: what is not set is as in experiment=digits, {self.config['trainer']['max_steps']:,} steps at a "
+                f"learning rate of {self.config['optimizer']['lr']:g}; experiment=images is for sets of your own"
+            )
         if data.flip and data.augment.label_dim and not data.augment.mirrors:
             notes.append(
                 "note: data.flip=true mirrors images without telling the network, which will draw mirror images too, "

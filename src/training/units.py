@@ -30,7 +30,14 @@ class Images(str):
         return round(float(number) * FACTORS[factor])
 
 
+def in_a_step(trainer: "Trainer") -> bool:
+    """Whether the batch that has just been seen is one of several whose gradients make up a step, and not the last."""
+    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches != 0
+
+
 if TYPE_CHECKING:
+    from lightning import Trainer
+
     Steps = int  # what a constructor gets
 else:
     Steps = int | Images  # what a configuration may say; `in_steps` makes the one of the other

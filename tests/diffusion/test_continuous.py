@@ -11,9 +11,9 @@ import torch
 
 from src.diffusion.continuous import VE, Flow, Karras
 from src.diffusion.guidance import Guess
-from src.diffusion.levels import BELOW_ONE, CLEAN, Level
+from src.diffusion.levels import BELOW_ONE, CLEAN, LEAST_ALPHA, Level
 from src.diffusion.samplers import DDIM, DDPM, generate
-from src.diffusion.schedules import Cosine, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid
+from src.diffusion.schedules import Cosine, DiscreteSchedule, Laplace, Linear, Quadratic, ScaledLinear, Sigmoid
 from src.diffusion.solvers import DPMSolverPP, Heun, Midpoint, UniPC
 
 CONTINUOUS = {
@@ -235,14 +235,33 @@ def test_spacings_in_time_are_their_formulas():
         np.testing.assert_allclose(times, u, rtol=0, atol=2e-12)
 
 
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+def test_no_step_is_spent_where_nothing_of_the_image_is_left(spacing):
+    """Catches half of EDM's 18 steps between sigma / alpha = 20,000, where cosine ends, and 80."""
+    for schedule in (Cosine(), Linear(beta_end=0.04), Linear(beta_end=0.2)):
+        path = schedule.levels(10, spacing)
+        assert path[0].alpha == pytest.approx(LEAST_ALPHA, rel=1e-9)
+        assert path[0].alpha ** 2 + path[0].sigma ** 2 == pytest.approx(1, rel=1e-12)
+        assert path[0].t < schedule.num_timesteps - 1
+        assert path[-2] == schedule.levels(10, "linspace")[-2]
+    assert Linear().levels(10, spacing)[0].t == 999  # alpha = 0.0064
+    assert VE(sigma_max=1000.0).levels(10, spacing)[0].sigma == pytest.approx(1000, rel=1e-12)
+
+
+def test_the_spacing_karras_has_the_rho_of_the_schedule():
+    schedule = Karras(rho=3.0)
+    found, expected = ([level.sigma for level in schedule.levels(9, s)] for s in ("karras", "linspace"))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_start_has_the_spread_of_the_noise_at_its_level(name):
     """Catches images of EDM that start from unit noise at sigma = 80."""
     schedule = ALL[name]
     for spacing in ("trailing", "leading"):
         first = schedule.levels(10, spacing)[0]
-        exploding = isinstance(schedule, Karras | VE)
-        assert schedule.prior_std(first) == (first.sigma if exploding else 1)
+        preserving = isinstance(schedule, DiscreteSchedule)
+        assert schedule.prior_std(first) == (1 if preserving else first.sigma)
     asked = []
 
     def denoise(x, level):

@@ -72,6 +72,23 @@ def test_logit_normal_is_the_sigmoid_of_a_normal():
         LogitNormal(std=0)
 
 
+@pytest.mark.parametrize("density", [LogitNormal(0.5, 0.8, stratified=True), LogNormal(-1.2, 1.2, stratified=True)])
+def test_stratified_draws_have_one_in_each_part_of_equal_probability(density):
+    """And over many batches the distribution that independent draws have: the mean over 1,000 within 5 errors."""
+    torch.manual_seed(0)
+    schedule, n = Karras(), 64
+    batches = torch.stack([density(n, CPU, schedule).double() for _ in range(1000)])
+    if isinstance(density, LogitNormal):
+        normal = batches.logit()
+    else:
+        normal = schedule.time(batches).log()
+    probability = torch.special.ndtr((normal - density.mean) / density.std)
+    parts = (probability * n).sort(1).values
+    assert ((parts - torch.arange(n) - 0.5).abs() <= 0.5 + 1e-3).all()
+    error = (1 / 12 / n**2 / 1000) ** 0.5  # the offset alone is drawn
+    assert abs(float(probability.mean()) - 0.5) < 5 * error
+
+
 @pytest.mark.parametrize("schedule", [Linear(), Cosine(4000), Karras(), VE(), Flow(), Flow(shift=3.0)])
 def test_log_normal_is_normal_in_log_sigma_under_every_schedule(schedule):
     """Catches a density of u where one of ln(sigma / alpha) is meant: median and quartiles of what is drawn."""

@@ -57,6 +57,7 @@ def test_the_loss_is_p_losses_at_the_middle_of_each_part(net, schedule, objectiv
     assert scores["loss"].standard_error == pytest.approx(each.std().item() / 6**0.5, rel=1e-3)
     gap = each - expected["trained"].mean(1)
     assert scores["gap"].value == pytest.approx(gap.mean().item(), abs=1e-4)
+    assert scores["gap"].better is None, "it is least where nothing was learned"
 
 
 def test_the_error_of_eps_is_the_loss_of_the_eps_objective(net):

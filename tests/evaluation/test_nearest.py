@@ -53,6 +53,16 @@ def test_samples_of_the_distribution_are_flagged_as_often_as_real_ones_and_copie
     assert copies["nearest_ratio_pixels"].value < 0.9
 
 
+def test_copies_are_flagged_where_real_images_have_copies_themselves():
+    """Catches a threshold of nought, below which nothing lies: a model that learned all by heart would pass."""
+    train = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    held_out = torch.cat([train[:5], torch.randn(95, 16, generator=torch.Generator().manual_seed(1))])
+    score = Memorisation()
+    compared = score.compare(train[:50], held_out, train)
+    assert compared.threshold == 0
+    assert score.scores(compared, "pixels")["memorised_pixels"].value == 1
+
+
 def test_a_mirrored_training_image_is_one_where_training_mirrors():
     trained = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     held_out, samples = trained[:10].roll(1, 2), trained[:5].flip(-1)

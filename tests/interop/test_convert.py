@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from src.interop import own
@@ -274,6 +276,41 @@ def test_a_file_of_weights_calls_nothing_but_this_project(kind, command, tmp_pat
         assert outcome.code == code, outcome.err
     assert CODE in outcome.err
     assert not sprung.exists()
+
+
+def test_a_configuration_beside_a_model_of_diffusers_is_anybodys(folder, command, tmp_path):
+    """Catches a downloaded folder with one file more, which would be taken for a run of the user's own."""
+    sprung, theirs = tmp_path / "sprung", tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    config = Run(made(tmp_path / "run", *TINY)).config
+    evil = {**config, "schedule": {"_target_": "os.system", "command": f"touch {sprung}"}}
+    (theirs / "config.yaml").write_text(yaml.safe_dump(evil))
+    outcome = command("sample", f"run={theirs}", f"out={tmp_path}/out", "sampler.steps=2", "num_samples=1")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "config.yaml, beside a model of diffusers, holds a configuration that calls 'os.system'" in outcome.err
+    assert not sprung.exists()
+
+
+def test_labels_that_were_never_dropped_are_missed(folder, command, tmp_path):
+    """Catches samples for which a network of labels is given one that it never learned, without a word."""
+    from src.interop import diffusers
+
+    run = Run(made(tmp_path / "run", *TINY, "model.num_classes=3"))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    diffusers.write(run.load_net("ema"), run.config, theirs)
+    for file in theirs.rglob("*.safetensors"):
+        save_file(load_file(file), file)
+    assert command("convert", f"source={theirs}", f"out={tmp_path}/converted").code == 0
+    for source, labels, noted in (
+        (theirs, "null", True),
+        (theirs, "all", False),
+        (tmp_path / "converted", "null", True),
+    ):
+        arguments = [f"run={source}", f"labels={labels}", "sampler.steps=2", "num_samples=3"]
+        outcome = command("sample", *arguments, f"out={tmp_path}/{source.name}-{labels}")
+        assert outcome.code == 0, outcome.err
+        assert ("never learned to do without labels" in outcome.out) == noted
 
 
 def test_a_network_alone_predicts_noise_over_linear_times(folder, command, tmp_path):

@@ -161,6 +161,17 @@ def test_a_bad_step_is_left_out(tmp_path, record, value):
     record(f"a step with a {value} weight", tried=2, lost=0, note="left out and counted")
 
 
+def test_a_stop_at_a_step_that_was_left_out_loses_nothing(command, tmp_path):
+    """Catches a signal there that says it has saved, and has not."""
+    poison = ["+callbacks.poison._target_=tests.faults.Poison", "+callbacks.poison.value='nan'"]
+    where = ["+callbacks.poison.steps=[16]", "+callbacks.poison.layer=conv_in.weight"]
+    stop = ["+callbacks.stop._target_=tests.faults.StopAt", "+callbacks.stop.steps=[17]"]
+    outcome = command("train", *SMOKE, *poison, *where, *stop, f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 143, outcome.err
+    assert "after step 17" in outcome.out
+    assert saved_step(tmp_path / "run") == 17
+
+
 def test_what_learns_from_losses_learns_nothing_from_a_bad_step(tmp_path):
     """One NaN among the losses that the importance density remembers would be in its probabilities for good."""
     run, log = tmp_path / "run", tmp_path / "log"

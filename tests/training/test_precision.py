@@ -33,6 +33,20 @@ def test_the_loss_falls_and_what_is_kept_is_float32(command, tmp_path, precision
     assert {value.dtype for value in kept} == {torch.float32}
 
 
+def test_averages_follow_weights_that_move_to_another_device(command, tmp_path, monkeypatch):
+    """A copy takes the place of the GPU: catches averages of the float32 weights as they lay before the move."""
+
+    def to(self, device):
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+
+    monkeypatch.setattr(MasterWeights, "to", to)
+    arguments = ["experiment=smoke", "trainer=cpu", *LONGER, "trainer.precision=bf16-true", "callbacks.ema.decay=0.5"]
+    assert command("train", *arguments, f"hydra.run.dir={tmp_path}").code == 0
+    last = rows(tmp_path)[-1]
+    assert float(last["val/loss_ema"]) == pytest.approx(float(last["val/loss_raw"]), rel=0.1)
+
+
 def test_the_loss_in_bfloat16_follows_that_in_float32(command, tmp_path):
     """Same weights, images and noise at each step: the curves part by rounding, 2^-8, and what it grows to."""
     curves = {}

@@ -1,10 +1,15 @@
 """resume=auto, and what a continued run takes and refuses."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+from src.training.guard import Guard
+from src.training.step import TrainingModule
 from tests.faults import assert_same_run
 
 
@@ -50,6 +55,68 @@ def test_what_is_another_experiment_is_refused(command, smoke_run, override):
         assert outcome.code == 2
         assert "is not what this run was started with" in outcome.err
         assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("began", "override", "gone"),
+    [
+        ((), "callbacks.samples=null", "callbacks.samples"),
+        ((), "~callbacks.samples", "callbacks.samples"),
+        (("averages=edm2",), "averages=none", "callbacks.ema.also.power_050"),
+    ],
+)
+def test_what_was_on_can_be_switched_off(command, tmp_path, began, override, gone):
+    """Catches leaves that are taken away one by one, and an empty node that is left of them."""
+    run = tmp_path / "run"
+    assert command("train", "experiment=smoke", "trainer.max_steps=4", *began, f"hydra.run.dir={run}").code == 0
+    outcome = command("train", f"run={run}", "trainer.max_steps=8", override)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count(f"continuing without {gone}\n") == 1
+    node = yaml.safe_load((run / "config.yaml").read_text())
+    for name in gone.split("."):
+        node = node.get(name)
+    assert node is None
+
+
+def test_a_checkpoint_that_one_goes_back_to_is_the_last(command, tmp_path):
+    """Catches a later checkpoint that comes back by itself when the next attempt is killed early."""
+    run = tmp_path / "run"
+    keep = ["callbacks.checkpoint.keep_every_n_steps=2", "callbacks.checkpoint.every_n_steps=2"]
+    assert command("train", "experiment=smoke", "trainer.max_steps=6", *keep, f"hydra.run.dir={run}").code == 0
+    kept = run / "checkpoints" / "step=2.ckpt"
+    die = ["+callbacks.stop._target_=tests.faults.DieAt", "+callbacks.stop.step=3", "trainer.max_steps=7"]
+    outcome = command("train", f"run='{kept}'", *die, "callbacks.checkpoint.every_n_steps=100")
+    assert "died" in outcome.err
+    assert "step=2.ckpt is the last checkpoint now" in outcome.out
+    assert step_of(run) == 2
+    assert not (run / "checkpoints" / "previous.ckpt").exists()
+
+
+def test_grids_belong_to_whole_steps(command, tmp_path):
+    """Catches a grid in the middle of step 1, and one drawn again in the first step after a stop."""
+    split = ["data.batch_size=16", "trainer.accumulate_grad_batches=2", "callbacks.samples.every_n_steps=4"]
+    arguments = ["experiment=smoke", *split, f"hydra.run.dir={tmp_path}", "resume=auto"]
+    for steps in (4, 6):
+        assert command("train", *arguments, f"trainer.max_steps={steps}").code == 0
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step=4.png", "step=6.png"]
+
+
+def test_a_fused_optimiser_stays_one_after_a_run_without(monkeypatch):
+    """Of a run in 16-mixed, whose optimiser is not: its checkpoint says so, and another precision's would take it."""
+    make = partial(torch.optim.Adam, lr=1e-3, fused=True)
+    old, new = (torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], fused=fused) for fused in (False, True))
+    old.param_groups[0]["params"][0].grad = torch.ones(2)
+    old.step()
+    counts = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    progress = {"fit_loop": {"epoch_loop.batch_progress": {"total": counts, "current": dict(counts)}}}
+    checkpoint = {"global_step": 1, "loops": progress, "optimizer_states": [old.state_dict()]}
+    TrainingModule.on_load_checkpoint(SimpleNamespace(accumulated=1, masters=None, make_optimizer=make), checkpoint)
+    new.load_state_dict(checkpoint["optimizer_states"][0])
+    assert new.param_groups[0]["fused"]
+    Guard.leave_out(new, new.param_groups[0]["params"], torch.tensor(False))
+    new.param_groups[0]["params"][0].grad = torch.ones(2)
+    new.step()
+    assert new.state[new.param_groups[0]["params"][0]]["step"] == 2
 
 
 @pytest.mark.parametrize(
