@@ -86,7 +86,7 @@ def test_the_page_states_the_numbers_and_the_settings_of_a_lesson():
     assert "| beta_end=0.005 | 0.300 ± 0.002 | +0.100 ± 0.001 | 0.28 | 45% | 38.6% |" in text
     assert "| beta_end=0.02 | 0.200 ± 0.001 |  | 0.28 | 45% | 38.6% |" in text
     assert "have 0.071" in text
-    assert "(12 runs, 1.5 minutes with scores)" in text
+    assert "(12 runs, 1.5 minutes with their scores)" in text
     assert "Measured on 2026-01-02 on cpu: two cores; python 3.11, torch 2.0, lightning 2.6. 2 minutes" in text
     assert "![The schedule: samples from the same noise](images/lessons/schedule.png)" in text
 

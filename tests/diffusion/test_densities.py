@@ -78,10 +78,7 @@ def test_stratified_draws_have_one_in_each_part_of_equal_probability(density):
     torch.manual_seed(0)
     schedule, n = Karras(), 64
     batches = torch.stack([density(n, CPU, schedule).double() for _ in range(1000)])
-    if isinstance(density, LogitNormal):
-        normal = batches.logit()
-    else:
-        normal = schedule.time(batches).log()
+    normal = batches.logit() if isinstance(density, LogitNormal) else schedule.time(batches).log()
     probability = torch.special.ndtr((normal - density.mean) / density.std)
     parts = (probability * n).sort(1).values
     assert ((parts - torch.arange(n) - 0.5).abs() <= 0.5 + 1e-3).all()

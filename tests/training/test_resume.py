@@ -82,10 +82,10 @@ def test_a_checkpoint_that_one_goes_back_to_is_the_last(command, tmp_path):
     """Catches a later checkpoint that comes back by itself when the next attempt is killed early."""
     run = tmp_path / "run"
     keep = ["callbacks.checkpoint.keep_every_n_steps=2", "callbacks.checkpoint.every_n_steps=2"]
-    assert command("train", "experiment=smoke", "trainer.max_steps=6", *keep, f"hydra.run.dir={run}").code == 0
-    kept = run / "checkpoints" / "step=2.ckpt"
-    die = ["+callbacks.stop._target_=tests.faults.DieAt", "+callbacks.stop.step=3", "trainer.max_steps=7"]
-    outcome = command("train", f"run='{kept}'", *die, "callbacks.checkpoint.every_n_steps=100")
+    die = ["+callbacks.stop._target_=tests.faults.DieAt", "+callbacks.stop.step=7"]
+    assert command("train", "experiment=smoke", "trainer.max_steps=6", *keep, *die, f"hydra.run.dir={run}").code == 0
+    kept, later = run / "checkpoints" / "step=2.ckpt", ["trainer.max_steps=9", "callbacks.checkpoint.every_n_steps=100"]
+    outcome = command("train", f"run='{kept}'", *later)
     assert "died" in outcome.err
     assert "step=2.ckpt is the last checkpoint now" in outcome.out
     assert step_of(run) == 2
