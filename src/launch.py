@@ -118,6 +118,11 @@ def is_named() -> bool:
     return launched() is not None or _is_batch_job()
 
 
+def is_restart() -> bool:
+    """Whether torchrun or Slurm started this job before, with the same command."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def _is_batch_job() -> bool:
     return "SLURM_JOB_ID" in os.environ and not _is_interactive() and "SUBMITIT_EXECUTOR" not in os.environ
 

@@ -54,7 +54,7 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     from hydra.types import RunMode
 
     from src.files import shown
-    from src.runs import CONFIG
+    from src.runs import CONFIG, Run
     from src.training.fit import fit
     from src.training.init import adopted
     from src.training.stop import Stopped
@@ -72,7 +72,7 @@ def train(config: dict[str, Any], run_dir: Path) -> float:
     try:
         return fit(config, run_dir, sweep=Path(hydra.sweep.dir).name if sweep else None)
     except Stopped as stopped:
-        folder = Path(config["run"]) if config["run"] is not None else run_dir
+        folder = Run(config["run"]).folder if config["run"] is not None else run_dir
         if rank() == 0:
             print(f"{stopped}; go on with python -m src.train {as_override('run', shown(folder))}", flush=True)
         if stopped.requeue is not None:

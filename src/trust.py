@@ -28,7 +28,7 @@ def check_known(config: Mapping[str, Any], file: Any) -> None:
     if foreign:
         raise UserError(
             f"{file} holds a configuration that calls {foreign[0]!r}, and out of a file of weights "
-            "only classes of this project are called; if you trust it, give the folder of the run, with its config.yaml"
+            "only classes of this project are called; the folder of a run of your own may call others"
         )
 
 

@@ -137,11 +137,6 @@ def test_offset_noise_is_one_number_an_image_and_channel():
         (["model=oracle", "model.num_images=3", "model.num_classes=10"], "num_classes=10: no image has the label"),
         (["model.num_classes=3"], "model.num_classes=3 is less than data.num_classes=10"),
         (["weighting=sigmoid", "schedule.zero_terminal_snr=true", "objective=v"], "Sigmoid has no finite weight"),
-        (["weighting=sigmoid", "density=logit_normal"], "weighting Sigmoid is the whole weight of a noise level"),
-        (
-            ["loss=vlb", "model.learned_variance=true", "density=log_normal"],
-            "density LogNormal would weigh it once more",
-        ),
         (["callbacks.checkpoint.keep_every_n_steps=0"], "keep_every_n_steps=0 must be at least 1"),
     ],
 )

@@ -160,7 +160,7 @@ class Edm:
     probability: float = 0.12
     log2_scale: float = 0.2
     log2_anisotropy: float = 0.2
-    tilted: float = 0.5
+    tilted: float = 1.0
     translation: float = 0.125
     label_dim = 9
     mirrors = False

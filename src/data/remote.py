@@ -12,18 +12,23 @@ WAITS = (1, 5, 25)  # seconds before it is asked for again
 BUSY = (408, 429)  # beside 500 and above: answers of a server that may give another later
 
 
+class NoRestError(OSError):
+    """The server has only the whole file to give."""
+
+
 class Remote(io.RawIOBase):
     """Bytes as they come, and all of them: of a file that changes between two connections nothing more is read.
 
     Raises:
-        OSError: (urllib's errors are such) at once, when the server refuses or was never there; after the last of
-            WAITS, which begin anew with every byte that comes, when it is busy, gone or silent.
+        OSError: (urllib's errors are such) at once, when the server refuses, was never there, or cannot give the rest;
+            after the last of WAITS, which begin anew with every byte that comes, when it is busy, gone or silent.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._at = 0
         self._version: str | None = None
+        self._size: str | None = None
         self._response: HTTPResponse | None = None
 
     def readable(self) -> bool:
@@ -34,12 +39,13 @@ class Remote(io.RawIOBase):
             try:
                 if self._response is None:
                     self._response = self._ask()
-                n = self._response.readinto(buffer)
+                came = self._response.read1(len(buffer))
                 missing = self._response.length  # None where the server does not say
-                if n == 0 and missing:
+                if not came and missing:
                     raise ConnectionError(f"the connection ended {missing:,} bytes early")
-                self._at += n
-                return n
+                buffer[: len(came)] = came
+                self._at += len(came)
+                return len(came)
             except (OSError, HTTPException) as error:
                 self._hang_up()
                 if wait is None or not self._may_pass(error):
@@ -58,17 +64,22 @@ class Remote(io.RawIOBase):
             if self._version is not None:
                 request.add_header("If-Range", self._version)
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
-        if self._at and response.status != 206:
+        size = response.headers["Content-Range" if self._at else "Content-Length"]
+        size = None if size is None else size.rpartition("/")[2]
+        if self._at and (response.status != 206 or (self._size or size) != size):
             response.close()
-            raise OSError("the connection broke, and the server does not give the rest of the file, or it has changed")
+            raise NoRestError(
+                "the connection broke, and the server does not give the rest of the file, or it has changed"
+            )
         tag = response.headers["ETag"]
         self._version = tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
+        self._size = size
         return response
 
     def _may_pass(self, error: Exception) -> bool:
         if isinstance(error, HTTPError):
             return error.code >= 500 or error.code in BUSY
-        return self._at > 0  # a server that was never there is not waited for
+        return self._at > 0 and not isinstance(error, NoRestError)  # one that was never there is not waited for
 
     def _hang_up(self) -> None:
         if self._response is not None:

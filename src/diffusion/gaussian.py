@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.diffusion.densities import Density
 from src.diffusion.guidance import Guess
 from src.diffusion.levels import BELOW_ONE, Level, Schedule
-from src.diffusion.losses import Loss, Simple, Terms, Vlb
+from src.diffusion.losses import Loss, Simple, Terms
 from src.diffusion.objectives import Objective
 from src.diffusion.posterior import Posterior
 from src.diffusion.schedules import DiscreteSchedule
@@ -41,7 +41,7 @@ class GaussianDiffusion:
 
     Raises:
         ValueError: when at some level of the schedule the objective does not determine the image or the weight is not
-            finite, when weighting and density would both weigh the levels, or the loss needs a discrete schedule.
+            finite, or the loss needs a discrete schedule.
     """
 
     def __init__(
@@ -76,16 +76,6 @@ class GaussianDiffusion:
                 f"{alpha_t[worst].item():.1e} and sigma {sigma_t[worst].item():.1e}: use weighting=constant, or a "
                 "schedule that keeps some signal to its end"
             )
-        if density.weighs and (self._over_log_snr or isinstance(self.loss, Vlb)):
-            whole = (
-                f"loss {type(self.loss).__name__}"
-                if isinstance(self.loss, Vlb)
-                else f"weighting {type(weighting).__name__}"
-            )
-            raise ValueError(
-                f"{whole} is the whole weight of a noise level, and density {type(density).__name__} would weigh it "
-                "once more: use density=uniform, stratified or importance"
-            )
         # Where the objective is at home x_t is handed over as it is: no work, and no rounding.
         self.scaled = bool((objective.input_scale(alpha, sigma) - 1).abs().max() > 1e-6)
         self.posterior = Posterior(schedule) if isinstance(schedule, DiscreteSchedule) else None
@@ -94,10 +84,6 @@ class GaussianDiffusion:
                 f"loss {type(self.loss).__name__} bounds the likelihood of a chain of discrete steps, which "
                 f"{type(schedule).__name__} is not; choose schedule=linear or cosine, or loss=simple"
             )
-
-    @property
-    def _over_log_snr(self) -> bool:
-        return getattr(self.weighting, "over_log_snr", False)
 
     def draw_u(self, batch: int, device: torch.device) -> Tensor:
         """Shares of the schedule's length for a training batch, (batch,) in [0, 1)."""
@@ -121,7 +107,7 @@ class GaussianDiffusion:
     def weight(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """w, (B,), how much the square error of F counts at the times t, (B,), whose levels are alpha and sigma."""
         w = self.weighting(alpha, sigma, self.objective.determinant(alpha, sigma))
-        return w * self.schedule.slope(t) if self._over_log_snr else w
+        return w * self.schedule.slope(t) if getattr(self.weighting, "over_log_snr", False) else w
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): alpha_t x0 + sigma_t noise (Eq. 4, Ho et al. 2020).

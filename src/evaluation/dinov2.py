@@ -23,10 +23,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 class DinoV2(Features):
     """The class token of a DINOv2 vision transformer after its last norm; ViT-L/14 in Stein et al. 2023.
 
+    Images are resized to 224x224, bicubic with antialiasing, and clamped to [0, 1] before they are normalised.
     timm resamples the position embedding to that size with antialiasing, torch.hub's network, which Stein et al. use,
     without: distances compare with one another, and not to the digit with theirs.
-
-    Images are resized to 224x224, bicubic with antialiasing, and clamped to [0, 1] before they are normalised.
 
     Args:
         weights: a file with the state dict, .safetensors or torch.save's, as timm or its authors publish it; None for

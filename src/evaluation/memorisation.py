@@ -25,7 +25,7 @@ class Compared(NamedTuple):
 
     Attributes:
         samples, held_out: their nearest training images.
-        threshold: distance below which a sample is flagged.
+        threshold: distance up to which a sample is flagged.
     """
 
     samples: Neighbours

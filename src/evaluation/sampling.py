@@ -17,6 +17,7 @@ from src.diffusion.guidance import Autoguidance, Denoiser, Guidance
 from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
 from src.evaluation.shards import Shards
+from src.evaluation.weights import text_digest
 from src.files import replacing
 from src.files import shown as shown_path
 from src.launch import rank
@@ -57,6 +58,14 @@ class Setup:
     guidance: Guidance
     guide: tuple[GaussianDiffusion, nn.Module] | None
     autocast: bool
+
+    @property
+    def path_sha256(self) -> str:
+        """Of the levels that samples walk and the noise that they start from, to five digits."""
+        schedule = self.diffusion.schedule
+        path = self.sampler.path(schedule)
+        numbers = [schedule.prior_std(path[0]), *(value for level in path for value in level)]
+        return text_digest(" ".join(f"{number:.5g}" for number in numbers))
 
     @property
     def precision(self) -> AbstractContextManager[Any]:
@@ -169,6 +178,7 @@ def samples_key(config: dict[str, Any], setup: Setup) -> dict[str, Any]:
     guide = getattr(setup.guidance, "guide", None)
     return {
         "checkpoint_sha256": setup.run.sha256,
+        "path_sha256": setup.path_sha256,
         **{name: config[name] for name in ("weights", "sampler", "guidance", "labels", "seed", "precision")},
         "guide_sha256": None if guide is None else Run(guide).sha256,
     }

@@ -26,6 +26,7 @@ def of_samples(config: dict[str, Any], setup: Setup, n: int) -> dict[str, Any]:
         "num_samples": n,
         "sampler": config["sampler"],
         "steps": setup.steps,
+        "path_sha256": setup.path_sha256,
         "evaluations": evaluations(setup),
         "guidance": config["guidance"],
         "labels": config["labels"],

@@ -32,7 +32,7 @@ class Checkpoint(Callback):
         run_dir: the run's folder.
         config: the resolved configuration, kept in the checkpoint so that the file alone rebuilds the model.
         stop: says whether a signal has asked to stop; then last.ckpt is saved and `Stopped` raised at the step's end.
-        guard: says whether the steps are good; in a row of bad ones nothing is saved.
+        guard: says whether the steps are good; in a row of bad ones nothing is saved but at a stop and at the end.
         writer: writes the files.
         every_n_steps: optimiser steps between two saves of last.ckpt.
         keep_every_n_steps: steps between two saves of checkpoints/step=<n>.ckpt, which stay; None for none.
@@ -171,10 +171,11 @@ class Checkpoint(Callback):
     # The best loss so far survives a resume; the configuration goes along for readers of the file.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = self._best_on_disk = state_dict["best"]
+        if state_dict.get("monitor", self.monitor) == self.monitor:  # or else another metric's numbers
+            self.best = self._best_on_disk = state_dict["best"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config

@@ -26,7 +26,7 @@ from src.data.augmentation import NOTHING
 from src.data.datamodule import ImageDataModule
 from src.errors import UserError
 from src.files import remove_temporaries, replacing, shown
-from src.launch import launched, rank
+from src.launch import is_restart, launched, rank
 from src.lock import Lock
 from src.overrides import as_override, same_job
 from src.processes import meet, share_cores
@@ -42,6 +42,7 @@ from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
+from src.training.snapshots import find_snapshots
 from src.training.step import TrainingModule
 from src.training.stop import SIGNALS, Stop
 from src.training.summary import summarize, write
@@ -71,8 +72,10 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
     changes: list[str] = []
     went_back = False
     if config["run"] is not None:
-        went_back = Path(config["run"]).is_file()
         run = Run(config["run"])
+        went_back = Path(config["run"]).is_file() and run.in_folder
+        if went_back and is_restart():
+            run, went_back = Run(run.folder), False
         run_dir = run.folder
         config, changes = continued(config, run)
     written, config = config, _counted_in_steps(config)
@@ -106,8 +109,8 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
             torch.cuda.set_device(launch.local_rank)
         meet(launch, "nccl" if settings.device_type == "cuda" else "gloo")
     with _claimed(run_dir, written, continued=run is not None):
-        if run is not None and went_back:
-            _forget_later(run, run_dir)
+        if run is not None and resume is not None and went_back:
+            _forget_later(run, run_dir, resume["global_step"])
         exit_code, loggers = 1, _loggers(written, run_dir, sweep)
         try:
             for logger in loggers:
@@ -232,6 +235,9 @@ def _go_back(
         torch.distributed.barrier()  # the first process may still have been writing
     run = Run(run_dir)
     resume = run.load_newest()
+    if resume and resume["callbacks"]["Guard"]["state"][1] > 0 and (run_dir / PREVIOUS).is_file():
+        run = Run(run_dir / PREVIOUS)  # a stop saved the last one among steps that were left out
+        resume = run.load_newest()
     step = resume["global_step"] if resume else 0
     guard.futile = guard.futile + 1 if step == (before["global_step"] if before else 0) else 1
     if guard.futile > guard.max_restores:
@@ -247,14 +253,24 @@ def _go_back(
     return (run if resume else None), resume
 
 
-def _forget_later(run: Run, run_dir: Path) -> None:
-    """Makes the checkpoint that the user goes back to the last one: what came after it must not return by itself."""
+def _forget_later(run: Run, run_dir: Path, step: int) -> None:
+    """Makes the checkpoint that the user goes back to the last one: what came after it must not return by itself.
+
+    Raises:
+        UserError: when it cannot be copied.
+    """
     if rank() != 0 or run.checkpoint.name == LAST.name:
         return
-    with replacing(run_dir / LAST) as temporary:
-        shutil.copyfile(run.checkpoint, temporary)
-    if run.checkpoint.name != PREVIOUS.name:
-        (run_dir / PREVIOUS).unlink(missing_ok=True)
+    try:
+        with replacing(run_dir / LAST) as temporary:
+            shutil.copyfile(run.checkpoint, temporary)
+        if run.checkpoint.name != PREVIOUS.name:
+            (run_dir / PREVIOUS).unlink(missing_ok=True)
+        for later, path in find_snapshots(run_dir).items():
+            if later > step:
+                path.rename(path.with_suffix(".left"))
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
     say(f"note: {run.checkpoint.name} is the last checkpoint now; those of later steps are left behind")
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from src.build import build, refusals
 from src.data.datamodule import ImageDataModule
-from src.diffusion.levels import TERMINAL_ALPHA
+from src.diffusion.levels import BELOW_ONE, TERMINAL_ALPHA
 from src.diffusion.losses import Vlb
 from src.diffusion.weightings import Constant
 from src.errors import UserError
@@ -117,8 +118,8 @@ class Diffusion:
         asked = any(override.startswith(("experiment=", "trainer.max_steps=")) for override in self.config["overrides"])
         if chosen["experiment"] == "digits" and chosen["data"] != "digits" and not asked:
             notes.append(
-                f"note: what is not set is as in experiment=digits, {self.config['trainer']['max_steps']:,} steps at a "
-                f"learning rate of {self.config['optimizer']['lr']:g}; experiment=images is for sets of your own"
+                f"note: what is not set is as in experiment=digits, {self.config['trainer']['max_steps']:,} steps and "
+                "more; choose another, such as experiment=images, which is for sets of your own"
             )
         if data.flip and data.augment.label_dim and not data.augment.mirrors:
             notes.append(
@@ -128,6 +129,21 @@ class Diffusion:
         if isinstance(self.diffusion.loss, Vlb) and not isinstance(self.diffusion.weighting, Constant):
             name = type(self.diffusion.weighting).__name__
             notes.append(f"note: loss=vlb weighs the noise levels itself, and the weighting {name} changes nothing")
+        bounds = isinstance(self.diffusion.loss, Vlb)
+        if self.diffusion.density.weighs and (bounds or getattr(self.diffusion.weighting, "over_log_snr", False)):
+            whole = f"loss {type(self.diffusion.loss).__name__}" if bounds else "weighting Sigmoid"
+            notes.append(
+                f"note: the {whole} is the whole weight of a noise level, and the density "
+                f"{type(self.diffusion.density).__name__} weighs it once more; use density=uniform, stratified or "
+                "importance"
+            )
+        noisiest = self.diffusion.schedule.time(torch.tensor([BELOW_ONE]))
+        if not bounds and not self.diffusion.weight(noisiest, *self.diffusion.schedule.level(noisiest)).any():
+            name = type(self.diffusion.weighting).__name__
+            notes.append(
+                f"note: the weighting {name} gives no weight to pure noise, which sampling starts from: what the "
+                "network says of it is never trained; use weighting=constant"
+            )
         alpha, sigma = (float(v[-1]) for v in self.diffusion.schedule.table())
         if alpha > TERMINAL_ALPHA * sigma:
             notes.append(

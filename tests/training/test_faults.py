@@ -172,6 +172,19 @@ def test_a_stop_at_a_step_that_was_left_out_loses_nothing(command, tmp_path):
     assert saved_step(tmp_path / "run") == 17
 
 
+def test_a_stop_amid_a_divergence_does_not_become_what_training_goes_back_to(command, tmp_path):
+    """Weights are spoilt for good, and finite, at step 22, and the stop comes at 24: step 20 is the last good one."""
+    run = tmp_path / "run"
+    poison = ["+callbacks.poison._target_=tests.faults.Poison", "+callbacks.poison.value='1e30'"]
+    where = ["+callbacks.poison.steps=[21]", "+callbacks.poison.layer=conv_in.weight", "+callbacks.poison.once=false"]
+    stop = ["+callbacks.stop._target_=tests.faults.StopAt", "+callbacks.stop.steps=[24]", "callbacks.guard.patience=4"]
+    assert command("train", *SMOKE, *poison, *where, *stop, f"hydra.run.dir={run}").code == 143
+    assert saved_step(run) == 24
+    outcome = command("train", f"run={run}")
+    assert outcome.code == 0, outcome.err
+    assert "going back to step 20, with another order of images and noise" in outcome.out
+
+
 def test_what_learns_from_losses_learns_nothing_from_a_bad_step(tmp_path):
     """One NaN among the losses that the importance density remembers would be in its probabilities for good."""
     run, log = tmp_path / "run", tmp_path / "log"

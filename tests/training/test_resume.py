@@ -1,5 +1,6 @@
 """resume=auto, and what a continued run takes and refuses."""
 
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,23 @@ def test_a_checkpoint_that_one_goes_back_to_is_the_last(command, tmp_path):
     assert "step=2.ckpt is the last checkpoint now" in outcome.out
     assert step_of(run) == 2
     assert not (run / "checkpoints" / "previous.ckpt").exists()
+
+
+def test_whoever_goes_back_and_is_stopped_is_told_how_to_go_on_from_there(command, tmp_path, monkeypatch):
+    """Catches the command of the checkpoint gone back to, which would throw the new steps away; also of a restart."""
+    run = tmp_path / "run"
+    stop = ["+callbacks.stop._target_=tests.faults.StopAt", "+callbacks.stop.steps=[7]"]
+    keep = ["callbacks.checkpoint.keep_every_n_steps=2", "averages=edm2", "callbacks.ema.snapshot_every_n_steps=2"]
+    assert command("train", "experiment=smoke", "trainer.max_steps=6", *keep, *stop, f"hydra.run.dir={run}").code == 0
+    kept = run / "checkpoints" / "step=2.ckpt"
+    outcome = command("train", f"run='{kept}'", "trainer.max_steps=9")
+    assert outcome.code == 143, outcome.err
+    assert re.search(rf"go on with python -m src.train run='?{run}'?\n", outcome.out)
+    assert step_of(run) == 7
+    assert (run / "ema" / "step=2.pt").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "step=2.ckpt is the last" not in command("train", f"run='{kept}'", "trainer.max_steps=9").out
+    assert step_of(run) == 9
 
 
 def test_grids_belong_to_whole_steps(command, tmp_path):
