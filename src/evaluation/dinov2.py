@@ -24,8 +24,7 @@ class DinoV2(Features):
     """The class token of a DINOv2 vision transformer after its last norm; ViT-L/14 in Stein et al. 2023.
 
     Images are resized to 224x224, bicubic with antialiasing, and clamped to [0, 1] before they are normalised.
-    timm resamples the position embedding to that size with antialiasing, torch.hub's network, which Stein et al. use,
-    without: distances compare with one another, and not to the digit with theirs.
+    The position embedding is resampled to that size as its authors' code does, which Stein et al. run: see `_resized`.
 
     Args:
         weights: a file with the state dict, .safetensors or torch.save's, as timm or its authors publish it; None for
@@ -53,16 +52,16 @@ class DinoV2(Features):
         if self._net is not None:
             return
         with torch.random.fork_rng(devices=[]):
-            net = self._pretrained() if self.weights is None else self._make()
+            net: Any = self._pretrained() if self.weights is None else self._make()
         if self.weights is not None:
             from timm.models.vision_transformer import checkpoint_filter_fn
 
             state = read_state(self.weights)
             with suppress(Exception):  # what it cannot convert does not fit, and is named below
-                state = checkpoint_filter_fn(state, net)  # type: ignore[arg-type]
+                state = checkpoint_filter_fn(state, net)
             fit_state(net, state, self.weights, f"timm's {self.model}")
         self._sha256 = digest(net.state_dict()) if self.weights is None else sha256(Path(self.weights))
-        self._net = net.eval().requires_grad_(False).to(self.device)
+        self._net = _resized(net).eval().requires_grad_(False).to(self.device)
 
     def check(self, shape: Shape) -> None:
         check_colours(self.name, shape)
@@ -81,6 +80,7 @@ class DinoV2(Features):
             "kind": f"timm's {self.model}",
             "weights_sha256": self._sha256,
             "input": f"{SIDE}x{SIDE}, bicubic, antialiased, clamped; ImageNet's mean and deviation",
+            "positions": "bicubic, not antialiased, as DINOv2's authors resample them",
             "grey": "repeated to 3 channels",
             "features": "class token after the last norm",
         }
@@ -89,7 +89,7 @@ class DinoV2(Features):
         import timm
 
         try:
-            return timm.create_model(self.model, pretrained=pretrained, num_classes=0, img_size=SIDE)
+            return timm.create_model(self.model, pretrained=pretrained, num_classes=0)
         except RuntimeError as error:
             raise ValueError(f"timm has no model={self.model} ({reason(error)})") from error
 
@@ -111,3 +111,17 @@ class DinoV2(Features):
         x = torch.nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
         return Extracted(self._net((x.clamp_(0, 1) - mean) / std))
+
+
+def _resized(net: Any) -> Any:
+    """For images of SIDE x SIDE: position embeddings of 37x37 patches become 16x16, bicubic without antialiasing, at a
+    scale of 16.1 / 37, as in `interpolate_pos_encoding` of DINOv2's code; timm's own way gives other features."""
+    positions = net.pos_embed.detach()
+    grid, patches = net.patch_embed.grid_size[0], SIDE // net.patch_embed.patch_size[0]
+    prefix = positions.shape[1] - grid**2  # the class token's, which networks with registers do not have
+    square = positions[:, prefix:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    scale = (patches + 0.1) / grid
+    square = torch.nn.functional.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
+    net.set_input_size(SIDE)
+    net.pos_embed.data = torch.cat([positions[:, :prefix], square.flatten(2).mT], dim=1)
+    return net

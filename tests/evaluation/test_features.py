@@ -1,5 +1,6 @@
 """Features: what they are of, what they refuse, and that nothing around them changes a bit."""
 
+from math import floor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -248,15 +249,26 @@ def test_inception_takes_the_file_of_torch_hubs_folder(tmp_path, monkeypatch, ca
             features(images(2, *shape))
 
 
+def cubic_row(x: float, size: int) -> list[float]:
+    """The weights of the four points around x in Keys' cubic convolution, a = -0.75; the borders repeat."""
+    row, left = [0.0] * size, floor(x)
+    for k in range(left - 1, left + 3):
+        d = abs(x - k)
+        near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+        row[min(max(k, 0), size - 1)] += near if d <= 1 else far
+    return row
+
+
 def test_dinov2_from_a_local_file_is_timms_network(tmp_path):
-    """Also of a file for another image size, whose position embedding is resampled; grey is shown three times."""
+    """But for its position embedding, which is resampled as DINOv2's code does it; grey is shown three times."""
     import timm
     from safetensors.torch import save_file
 
     model = "vit_small_patch14_dinov2.lvd142m"
     features = DinoV2(str(tmp_path / "weights.safetensors"), model)
     assert features.stamp()["weights_sha256"] is None
-    net = timm.create_model(model, num_classes=0, img_size=56).eval()
+    net = timm.create_model(model, num_classes=0).eval()
+    torch.nn.init.normal_(net.pos_embed)
     for name, parameter in net.named_parameters():
         if name.endswith("gamma"):
             parameter.data.fill_(1.0)  # or else blocks hardly count, and the class token is the same for all images
@@ -265,7 +277,12 @@ def test_dinov2_from_a_local_file_is_timms_network(tmp_path):
     found = features(x).features
     assert features.stamp()["weights_sha256"] == sha256(tmp_path / "weights.safetensors")
     assert features.sizes((1, 16, 16)).features == found.shape[1] == 384
+    # 37x37 positions to 16x16 where samples lie 37 / 16.1 apart, and nothing is averaged over
+    first, grid = net.pos_embed[:, :1].detach(), net.pos_embed[:, 1:].detach().unflatten(1, (37, 37))
+    places = torch.tensor([cubic_row((i + 0.5) * 37 / 16.1 - 0.5, 37) for i in range(16)])
+    resampled = torch.einsum("ia,jb,nabd->nijd", places, places, grid).flatten(1, 2)
     net.set_input_size(224)
+    net.pos_embed.data = torch.cat([first, resampled], 1)
     big = nn.functional.interpolate(x.float() / 255, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     with torch.no_grad():
