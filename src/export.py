@@ -33,6 +33,8 @@ def export(config: dict[str, Any], out: Path) -> None:
     for path in written:
         print(f"  {shown(path)}")
     print(f"read back and compared: the largest difference of an output is {difference:.1e}")
+    if config["format"] == "diffusers" and run.config["model"].get("num_classes") is not None:
+        print("note: it takes labels, the number after the last meaning none; DDPMPipeline gives none: call its unet")
 
 
 main = command("export", ExportConfig, export, lambda run, overrides: [])

@@ -61,7 +61,7 @@ def read(path: Path) -> Source:
 
 
 def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:
-    """A folder with the network and its scheduler; of a U-Net without labels, one that DDPMPipeline takes.
+    """A folder with the network and its scheduler; of a U-Net, one that DDPMPipeline.from_pretrained takes.
 
     Raises:
         UserError: for what diffusers cannot express, before anything is written.
@@ -93,8 +93,8 @@ def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:
         NETWORKS[kind]: ["diffusers", kind],
     }
     texts = {Path(NETWORKS[kind], CONFIG): theirs, Path("scheduler", SCHEDULER): scheduler}
-    if isinstance(net, UNet) and net.num_classes is None:  # no pipeline asks for labels, nor for a DiT without a VAE
-        texts[Path(INDEX)] = index
+    if isinstance(net, UNet):
+        texts[Path(INDEX)] = index  # there is no pipeline of a DiT without a VAE
     for name, content in texts.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path / name) as temporary:
