@@ -99,10 +99,7 @@ def command(name: str, schema: type, task: Task, inherit: Inherit | None) -> Cal
             print("\nstopped", file=sys.stderr)
             raise SystemExit(130) from None
         except OverrideParseException as error:
-            _fail(
-                f"{error.override!r} is not a setting that Hydra can read; key=value, and a value with special "
-                "characters in two pairs of quotes: \"key='value'\""
-            )
+            _fail(_unreadable(error.override))
         except (HydraException, OmegaConfBaseException) as error:
             _fail(_explain(error))
         except OSError as error:
@@ -217,7 +214,10 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
     texts = [override for override in overrides if override.lstrip("+").startswith("run=")]
     if not texts or inherit is None:
         return argv
-    override = OverridesParser.create().parse_override(texts[-1].lstrip("+"))
+    try:
+        override = OverridesParser.create().parse_override(texts[-1].lstrip("+"))
+    except HydraException as error:
+        raise UserError(_unreadable(texts[-1])) from error
     if override.is_sweep_override():
         if not any(o.startswith("sampler=") for o in overrides):
             raise UserError(
@@ -237,6 +237,13 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
     inherited = inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides)
     INHERITED.extend(override for override in inherited if not override.lstrip("+~").startswith("hydra"))
     return inherited + argv
+
+
+def _unreadable(override: str) -> str:
+    return (
+        f"{override!r} is not a setting that Hydra can read; key=value, and a value with special characters in two "
+        "pairs of quotes: \"key='value'\""
+    )
 
 
 def _explain(error: BaseException) -> str:

@@ -45,6 +45,7 @@ TRAIN = [
     (["run={tmp}"], "is not a run"),
     (["run={tmp}/nowhere"], "neither a run folder nor a .ckpt file"),
     (["a=b=c"], "'a=b=c' is not a setting that Hydra can read"),
+    (["run=runs/seed=1"], "'run=runs/seed=1' is not a setting that Hydra can read"),
     (["~model"], "the setting model is missing"),
     (["model=null"], "choose an option of its group"),
     (["~data.batch_size"], "missing a required argument: 'batch_size'"),
