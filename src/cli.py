@@ -229,9 +229,8 @@ def _with_inherited(argv: list[str], inherit: Inherit | None) -> list[str]:
         return argv
     from src.runs import CONFIG, Run
 
-    if (
-        any(o.lstrip("+") == "resume=auto" for o in overrides) and not Path(str(value), CONFIG).is_file()
-    ):  # nothing there yet: begin it there
+    resumes = any(override.lstrip("+") == "resume=auto" for override in overrides)
+    if resumes and not Path(str(value), CONFIG).is_file():  # nothing there yet: begin it there
         return [*(a for a in argv if a not in texts), f"hydra.run.dir={plain_value(str(value))}"]
     run = Run(str(value))
     inherited = inherit({"run_dir": str(run.folder), "in_folder": run.in_folder, **run.config}, overrides)

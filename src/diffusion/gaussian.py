@@ -85,6 +85,11 @@ class GaussianDiffusion:
                 f"{type(schedule).__name__} is not; choose schedule=linear or cosine, or loss=simple"
             )
 
+    @property
+    def over_log_snr(self) -> bool:
+        """Whether the weighting's paper integrates over ln SNR."""
+        return getattr(self.weighting, "over_log_snr", False)
+
     def draw_u(self, batch: int, device: torch.device) -> Tensor:
         """Shares of the schedule's length for a training batch, (batch,) in [0, 1)."""
         return self.density(batch, device, self.schedule)
@@ -107,7 +112,7 @@ class GaussianDiffusion:
     def weight(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """w, (B,), how much the square error of F counts at the times t, (B,), whose levels are alpha and sigma."""
         w = self.weighting(alpha, sigma, self.objective.determinant(alpha, sigma))
-        return w * self.schedule.slope(t) if getattr(self.weighting, "over_log_snr", False) else w
+        return w * self.schedule.slope(t) if self.over_log_snr else w
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): alpha_t x0 + sigma_t noise (Eq. 4, Ho et al. 2020).

@@ -126,12 +126,13 @@ class Diffusion:
                 "note: data.flip=true mirrors images without telling the network, which will draw mirror images too, "
                 f"and {type(data.augment).__name__} mirrors and tells it; set data.flip=false"
             )
-        if isinstance(self.diffusion.loss, Vlb) and not isinstance(self.diffusion.weighting, Constant):
-            name = type(self.diffusion.weighting).__name__
-            notes.append(f"note: loss=vlb weighs the noise levels itself, and the weighting {name} changes nothing")
-        bounds = isinstance(self.diffusion.loss, Vlb)
-        if self.diffusion.density.weighs and (bounds or getattr(self.diffusion.weighting, "over_log_snr", False)):
-            whole = f"loss {type(self.diffusion.loss).__name__}" if bounds else "weighting Sigmoid"
+        bounds, weighting = isinstance(self.diffusion.loss, Vlb), type(self.diffusion.weighting).__name__
+        if bounds and not isinstance(self.diffusion.weighting, Constant):
+            notes.append(
+                f"note: loss=vlb weighs the noise levels itself, and the weighting {weighting} changes nothing"
+            )
+        if self.diffusion.density.weighs and (bounds or self.diffusion.over_log_snr):
+            whole = "loss Vlb" if bounds else f"weighting {weighting}"
             notes.append(
                 f"note: the {whole} is the whole weight of a noise level, and the density "
                 f"{type(self.diffusion.density).__name__} weighs it once more; use density=uniform, stratified or "
@@ -139,9 +140,8 @@ class Diffusion:
             )
         noisiest = self.diffusion.schedule.time(torch.tensor([BELOW_ONE]))
         if not bounds and not self.diffusion.weight(noisiest, *self.diffusion.schedule.level(noisiest)).any():
-            name = type(self.diffusion.weighting).__name__
             notes.append(
-                f"note: the weighting {name} gives no weight to pure noise, which sampling starts from: what the "
+                f"note: the weighting {weighting} gives no weight to pure noise, which sampling starts from: what the "
                 "network says of it is never trained; use weighting=constant"
             )
         alpha, sigma = (float(v[-1]) for v in self.diffusion.schedule.table())
