@@ -66,6 +66,8 @@ TRAIN = [
         ["trainer=fsdp", "trainer.devices=2", "trainer.channels_last=true"],
         "channels_last=true does not work with strategy=fsdp",
     ),
+    (["trainer=fsdp", "trainer.devices=2", "optimizer=muon"], "optimizer=muon needs whole matrices"),
+    (["optimizer=muon", "optimizer.momentum=1"], "momentum=1 must be in [0, 1)"),
     (["seed=-1"], "seed=-1 must lie between 0 and"),
     (["data.image_size=-8"], "image_size=-8 must be at least 1"),
     (["trainer.max_steps=0"], "max_steps=0 must be at least 1"),

@@ -40,6 +40,7 @@ from src.training.init import initialize
 from src.training.loggers import finish_wandb, log_config, log_summary
 from src.training.metrics import TrainMetrics
 from src.training.metrics_csv import MetricsCSV
+from src.training.muon import Muon
 from src.training.progress import Progress
 from src.training.resume import continued, images_per_step, resume_point, say
 from src.training.snapshots import find_snapshots
@@ -332,9 +333,11 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
     fused = {"fused": settings.fused_optimizer} if "fused" in parameters and "fused" not in node else {}
     make = build(node, "optimizer", **fused)
     try:
-        make([torch.nn.Parameter(torch.zeros(1))])  # its constructor is the check of its arguments
+        made = make([torch.nn.Parameter(torch.zeros(1))])  # its constructor is the check of its arguments
     except (ValueError, TypeError) as error:
         raise UserError(f"optimizer: {error}") from error
+    if settings.strategy == "fsdp" and isinstance(made, Muon):
+        raise UserError("optimizer=muon needs whole matrices, and strategy=fsdp cuts them; use optimizer=adamw")
     return make
 
 
