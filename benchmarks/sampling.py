@@ -53,7 +53,7 @@ def main() -> None:
             f"{sampler}, {steps} steps, {result.facts['ours']['parameters'] / 1e6:.1f}M parameters, batch "
             f"{args.batch_size}, {torch.get_num_threads()} threads, {args.rounds} rounds"
         )
-        tables.append((caption, ["", "images/s", f"{OURS} is faster by", "peak GiB"], rows))
+        tables.append((caption, ["", "images/s", f"{OURS}, times as fast", "peak GiB"], rows))
         results[f"{size} {sampler}"] = {"seconds_a_turn": result.rounds.values, "peak_bytes": result.peak_bytes}
     write_report(args, tables, results=results)
 

@@ -46,7 +46,7 @@ def main() -> None:
             (name, f"{rounds.median(name):.1f}", "" if name == "ours" else spread(rounds.ratios(name, "ours")))
             for name in rounds.values
         ]
-        tables.append((caption, ("", "seconds", "ours is faster by"), rows))
+        tables.append((caption, ("", "seconds", "ours, times as fast"), rows))
         results[caption] = rounds.values
     write_report(args, tables, seconds=results)
 

@@ -98,7 +98,7 @@ def table(result: Any, batch: int, best: Mapping[str, float]) -> tuple[list[str]
         facts = result.facts[known]
         share = 3 * facts["flops"] * images / best["convolution, bf16" if facts["bf16"] else "convolution, fp32"]
         rows.append([name, f"{images:.2f}", ratio, f"{share:.0%}", f"{result.peak_bytes[known] / GIB:.2f}", warm])
-    return ["", "images/s", "ours is faster by", "share of peak", "peak GiB", "warm-up s"], rows
+    return ["", "images/s", "ours, times as fast", "share of peak", "peak GiB", "warm-up s"], rows
 
 
 def of_peaks(best: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
