@@ -1,5 +1,6 @@
 """A run on disk: its folder, its configuration, and the network rebuilt from them."""
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class Run:
         else:
             raise UserError(
                 f"run={path} is neither a run folder nor a .ckpt file, a .safetensors file or a folder of diffusers; "
-                "runs lie in outputs/<experiment>/"
+                "runs lie in outputs/<experiment>/, and python -m src.convert makes one of other weights"
             )
         if self._source is not None:
             config: Any = self._source.as_run()
@@ -96,8 +97,13 @@ class Run:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the checkpoint's bytes, as they are when it is first asked for."""
-        return sha256(self.checkpoint)
+        """Of the checkpoint's bytes, as they are when it is first asked for; of an index, of what it names, too."""
+        from src.interop.weights import INDEX, parts
+
+        if not self.checkpoint.name.endswith(INDEX):
+            return sha256(self.checkpoint)
+        digests = [sha256(path) for path in (self.checkpoint, *parts(self.checkpoint))]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The checkpoint, on the CPU; never executes what it holds.

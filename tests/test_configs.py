@@ -17,7 +17,10 @@ from src.train import TrainConfig
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
-NEEDED = {"data=packed": ("data.dir=data", "data.channels=1", "data.image_size=8", "data.num_classes=1")}  # of a store
+NEEDED = {
+    "data=packed": ("data.dir=data", "data.channels=1", "data.image_size=8", "data.num_classes=1"),  # of a store
+    "schedule=tabulated": ("schedule.betas=[0.1,0.2,0.4]",),
+}
 NOT_BUILT_ALONE = ("averages", "callbacks", "logger", "experiment", "guidance", "features", "task")
 
 

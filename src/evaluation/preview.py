@@ -193,6 +193,12 @@ def look(config: dict[str, Any], out: Path) -> None:
     refuse_classifier(config)
     network = config["model"] if config["model"].get("_target_") != ORACLE else None  # which costs what the data is
     batch, shape = config["data"].get("batch_size"), image_shape(config)
+    if network is not None and {"channels", "image_size"} <= network.keys():
+        sees, has = ("x".join(map(str, s)) for s in (image_shape({"data": network}), shape))
+        if sees != has:
+            raise UserError(
+                f"the network is for images of {sees} (channels x height x width), data has {has}; choose data that fit"
+            )
     price = None if network is None else cost(network, shape, batch or 1)
     trainer = build(config["trainer"], "trainer")
     parts = [build(config[part], part) for part in PARTS]

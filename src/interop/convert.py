@@ -1,20 +1,18 @@
 """Weights of others as a run's folder: whatever the source says, and for the rest what a training would be given."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from src.build import build, check, refusals
+from src.build import check, refusals
 from src.errors import UserError
 from src.interop import diffusers, edm, openai, own
 from src.interop.adopt import adopt, touched
-from src.interop.source import HYBRID, PLAIN, Source, choices, data_for
-from src.interop.table import read_table
+from src.interop.source import HYBRID, PLAIN, Source, as_overrides, choices, data_for, data_option
+from src.interop.table import infers, read_table, without_memory
 from src.interop.weights import read_tensors
 from src.models.unet import UNet
-from src.overrides import plain_value
 from src.runs import CONFIG, LAST, build_diffusion, check_architecture, image_shape, weights_alone
 
 HYBRID_SAMPLER = {"_target_": "src.diffusion.samplers.DDPM", "steps": None, "variance": "learned"}
@@ -55,8 +53,7 @@ def assemble(
         merged = dict(source.config)
     check(merged, "")
     state = source.state(merged["model"])
-    with torch.device("meta"):
-        net = build(merged["model"], "model")
+    net = without_memory(merged["model"])
     check_architecture(net, state, source.weights)
     with refusals("model"):
         build_diffusion(merged).check(net)
@@ -64,7 +61,9 @@ def assemble(
     chosen = choices({part: merged[part] for part in groups})
     if source.config is None:
         merged["choices"] = {k: v for k, v in merged["choices"].items() if not k.startswith("hydra/")} | chosen
-        merged["overrides"] = [*overrides, *_as_overrides(merged, chosen)]
+        data = data_option(merged["model"])
+        named = [] if data is None or touched(overrides, "data") else [f"data={data}"]
+        merged["overrides"] = [*overrides, *named, *as_overrides(merged, chosen)]
     return {**merged, "run": None, "resume": None}, state, source.weights
 
 
@@ -102,7 +101,7 @@ def _seen(path: Path) -> str:
         return "diffusers"
     if path.is_file():
         keys = set(read_tensors(path))
-        if any("map_layer0." in key for key in keys):
+        if edm.is_one(keys):
             return "edm_state_dict"
         if path.suffix == ".safetensors" and not any(key.startswith("input_blocks.") for key in keys):
             return "safetensors"
@@ -122,20 +121,8 @@ def _open(path: Path, kind: str, config: dict[str, Any], overrides: list[str], o
     if kind == "safetensors":
         return own.read(path)
     if kind == "edm_state_dict":
-        return _edm(path)
+        return edm.read(path)
     return _openai(path, kind, config, overrides, order)
-
-
-def _edm(path: Path) -> Source:
-    theirs = edm.stripped(read_tensors(path))
-    model = edm.infer(theirs, path)
-
-    def state(node: dict[str, Any]) -> dict[str, Tensor]:
-        net = _without_memory(node)
-        return read_table(edm.entries(net, model["image_size"]), theirs, net, path)
-
-    sampler = {"_target_": "src.diffusion.solvers.Heun", "steps": 18, "clip": False, "double": True}
-    return Source({"model": model, **edm.PARTS, "sampler": sampler}, path, state)
 
 
 def _openai(path: Path, kind: str, config: dict[str, Any], overrides: list[str], order: openai.Order) -> Source:
@@ -145,7 +132,8 @@ def _openai(path: Path, kind: str, config: dict[str, Any], overrides: list[str],
     sizes += [config["data"]["image_size"]] if "data" in keys else []
     if not sizes:
         raise UserError(f"{path} does not say how large its images are; add data.image_size=64, or what they have")
-    model = openai.infer(theirs, sizes[0], path)
+    with infers(path):
+        model = openai.infer(theirs, sizes[0], path)
     attends = any(key.endswith(".qkv.weight") for key in theirs)
     if attends and not any(key in keys for key in ("model.num_heads", "model.channels_per_head")):
         raise UserError(
@@ -159,19 +147,13 @@ def _openai(path: Path, kind: str, config: dict[str, Any], overrides: list[str],
         model["time_scale"] = 1000 / T
 
     def state(node: dict[str, Any]) -> dict[str, Tensor]:
-        net = _without_memory(node)
+        net = cast(UNet, without_memory(node))
         return read_table(openai.entries(net, order), theirs, net, path)
 
     parts: dict[str, dict[str, Any]] = {"model": model, "objective": PLAIN["objective"]}
     if model["learned_variance"]:
         parts |= {"loss": HYBRID, "sampler": HYBRID_SAMPLER}
     return Source(parts, path, state)
-
-
-def _without_memory(node: dict[str, Any]) -> UNet:
-    with torch.device("meta"):
-        net: UNet = build(node, "model")
-    return net
 
 
 def _data(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -190,12 +172,3 @@ def _data(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         given = "x".join(map(str, image_shape(config)))
         raise UserError(f"data has images of {given}, and the network's are {'x'.join(map(str, shape))}")
     return {**config["data"], **images}
-
-
-def _as_overrides(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:
-    """What makes a training's configuration of this one: the options, and all that they set."""
-    found = []
-    for part, option in chosen.items():
-        found.append(f"{part}={option}")
-        found += [f"++{part}.{k}={plain_value(v)}" for k, v in config[part].items() if k != "_target_"]
-    return found

@@ -7,8 +7,9 @@ the run's configuration in the metadata of the tensors, which diffusers does not
 """
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from src.errors import UserError
 from src.interop import diffusers_dit, diffusers_scheduler, diffusers_unet, own
@@ -53,6 +54,14 @@ def read(path: Path) -> Source:
     scheduler = next((p for p in (path / "scheduler" / SCHEDULER, path / SCHEDULER) if p.is_file()), None)
     if scheduler is not None and config is None:
         parts |= diffusers_scheduler.read_scheduler(_json(scheduler), scheduler)
+    if config is not None:
+        from src.interop.table import infers, without_memory
+
+        with infers(weights):
+            said = _described(without_memory(config["model"]), config)
+        for file in (folder / CONFIG, scheduler):
+            if file is not None:
+                _compare(_json(file), next(text for name, text in said.items() if name.name == file.name), file)
 
     def state(model: dict[str, Any]) -> "dict[str, Tensor]":
         return _state(model, weights, with_none=config is not None)
@@ -72,49 +81,75 @@ def write(net: "nn.Module", config: dict[str, Any], path: Path) -> None:
     from src.models.dit import DiT
     from src.models.unet import UNet
 
+    texts = _described(net, config)
+    table: Any = diffusers_unet.entries(net) if isinstance(net, UNet) else diffusers_dit.entries(cast(DiT, net))
+    state = write_table(table, net.state_dict())
+    if isinstance(net, DiT):
+        state |= {key: state[first].clone() for key, first in diffusers_dit.repeated(net).items()}
+    for name, content in texts.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    file = path / next(name.parent for name in texts if name.name == CONFIG) / f"{WEIGHTS}.safetensors"
+    write_safetensors(state, file, {own.CONFIG: json.dumps(config)})
+
+
+def _described(net: "nn.Module", config: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """A folder's texts: of the network, its scheduler and, of a U-Net, the pipeline.
+
+    Raises:
+        UserError: for what diffusers cannot express.
+    """
+    from src.models.dit import DiT
+    from src.models.unet import UNet
+
     if isinstance(net, UNet):
         kind, theirs = diffusers_unet.CLASS, diffusers_unet.write_config(config["model"], net)
-        table = diffusers_unet.entries(net)
     elif isinstance(net, DiT):
         kind, theirs = diffusers_dit.CLASS, diffusers_dit.write_config(config["model"], net)
-        table = diffusers_dit.entries(net)
     else:
         raise UserError(
             f"a {type(net).__name__} has no place in diffusers; use format=safetensors, which holds any network"
         )
     scheduler = diffusers_scheduler.write_scheduler(config, getattr(net, "learned_variance", False))
-    state = write_table(table, net.state_dict())
-    if isinstance(net, DiT):
-        state |= {key: state[first].clone() for key, first in diffusers_dit.repeated(net).items()}
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": theirs["_diffusers_version"],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        NETWORKS[kind]: ["diffusers", kind],
-    }
     texts = {Path(NETWORKS[kind], CONFIG): theirs, Path("scheduler", SCHEDULER): scheduler}
-    if isinstance(net, UNet):
-        texts[Path(INDEX)] = index  # there is no pipeline of a DiT without a VAE
-    for name, content in texts.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-    file = path / NETWORKS[kind] / f"{WEIGHTS}.safetensors"
-    write_safetensors(state, file, {own.CONFIG: json.dumps(config)})
+    if isinstance(net, UNet):  # there is no pipeline of a DiT without a VAE
+        texts[Path(INDEX)] = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": theirs["_diffusers_version"],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            NETWORKS[kind]: ["diffusers", kind],
+        }
+    return texts
+
+
+def _compare(theirs: dict[str, Any], said: dict[str, Any], path: Path) -> None:
+    """Refuses what was changed beside weights that hold the configuration they were exported with."""
+    for key, value in json.loads(json.dumps(said)).items():
+        if key in theirs and not _alike(theirs[key], value) and not key.startswith("_"):
+            raise UserError(
+                f"{path}: {key}={theirs[key]} is not the {value} that the weights beside it were exported with; put it "
+                "back, or load the folder with diffusers and save it again, which leaves their own configuration out"
+            )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values of a JSON file are the same, of lists of numbers but for rounding."""
+    if not isinstance(a, list) or not isinstance(b, list) or isinstance((*b, "")[0], str):
+        return bool(a == b)
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-9) for x, y in zip(a, b, strict=True))
 
 
 def _state(model: dict[str, Any], weights: Path, with_none: bool) -> "dict[str, Tensor]":
     import torch
 
-    from src.build import build
-    from src.interop.table import read_table
+    from src.interop.table import read_table, without_memory
     from src.interop.weights import read_tensors
     from src.models.dit import DiT
     from src.models.unet import UNet
 
     theirs = read_tensors(weights)
-    with torch.device("meta"):
-        net = build(model, "model")
+    net = without_memory(model)
     if isinstance(net, UNet):
         old = any(key.endswith(".query.weight") for key in theirs)
         return read_table(diffusers_unet.entries(net, with_none, old), theirs, net, weights)
@@ -126,16 +161,25 @@ def _state(model: dict[str, Any], weights: Path, with_none: bool) -> "dict[str, 
 
 
 def _weights(folder: Path) -> Path:
-    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"):
+    """The file of a folder's weights, or the index of several; of weights in another precision alone, those."""
+    kinds = ("safetensors", "bin")
+    for name in (f"{WEIGHTS}.{kind}{end}" for kind in kinds for end in ("", ".index.json")):
         if (folder / name).is_file():
             return folder / name
+    for kind in kinds:
+        variants = sorted(folder.glob(f"{WEIGHTS}.*.{kind}"))
+        if len(variants) > 1:
+            names = ", ".join(path.name for path in variants)
+            raise UserError(f"{folder} has {names}, and none without a variant; leave one of them there")
+        if variants:
+            return variants[0]
     raise UserError(f"{folder} has no {WEIGHTS}.safetensors or .bin; download or export it again")
 
 
 def _metadata(weights: Path) -> dict[str, str]:
-    from src.interop.weights import read_header
+    from src.interop.weights import TEXTS, read_header
 
-    return read_header(weights).get("__metadata__", {}) if weights.suffix == ".safetensors" else {}
+    return read_header(weights).get(TEXTS, {}) if weights.suffix == ".safetensors" else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from src.build import check_value
 from src.errors import UserError
 from src.interop.table import Entry, labels, pointwise, same, split
 from src.models.dit import DiT
@@ -32,6 +33,16 @@ DEFAULTS: dict[str, Any] = {
     "num_embeds_ada_norm": 1000,
     "upcast_attention": False,
 }
+TYPES: dict[str, Any] = {
+    "num_attention_heads": int,
+    "attention_head_dim": int,
+    "in_channels": int,
+    "out_channels": int | None,
+    "num_layers": int,
+    "sample_size": int,
+    "patch_size": int,
+    "num_embeds_ada_norm": int,
+}
 
 
 def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
@@ -41,6 +52,8 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
         UserError: for what `DiT` does not have.
     """
     given = {**DEFAULTS, **{k: v for k, v in theirs.items() if not k.startswith("_")}}
+    for key, hint in TYPES.items():
+        check_value(f"{path}: {key}", given[key], hint)
     for key, value in FIXED.items():
         if given[key] != value:
             raise UserError(f"{path}: {key}={given[key]} cannot be read; it must be {value}")

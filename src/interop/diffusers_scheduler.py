@@ -36,11 +36,13 @@ def read_scheduler(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
         UserError: for a schedule of betas or a prediction that this project does not have.
     """
     kind = theirs.get("_class_name", ANCESTRAL)
-    if kind not in (ANCESTRAL, IMPLICIT) and not theirs.keys() & {"beta_schedule", "trained_betas"}:
+    if kind not in (ANCESTRAL, IMPLICIT) and not (theirs.get("beta_schedule") or theirs.get("trained_betas")):
         raise UserError(f"{path}: a {kind} has no betas, and only schedulers of betas can be read")
     for key, hint in TYPES.items():
         if key in theirs:
             check_value(f"{path}: {key}", theirs[key], hint)
+    if theirs.get("timestep_type", "discrete") != "discrete":
+        raise UserError(f"{path}: timestep_type={theirs['timestep_type']} cannot be read; it must be discrete")
     prediction = theirs.get("prediction_type", "epsilon" if theirs.get("predict_epsilon", True) else "sample")
     if prediction not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type={prediction} cannot be read; it must be {', '.join(PREDICTIONS)}")

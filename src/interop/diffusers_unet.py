@@ -51,6 +51,7 @@ TYPES: dict[str, Any] = {
     "up_block_types": list[str],
     "block_out_channels": list[int],
     "layers_per_block": int,
+    "flip_sin_to_cos": bool,
     "downsample_type": Literal["conv", "resnet"],
     "upsample_type": Literal["conv", "resnet"],
     "dropout": float,
@@ -122,25 +123,22 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
     size = given["sample_size"]
     height = size if isinstance(size, int) else size[0]
     attend = [kind in ATTENDING for kind in down]
-    unknown = [kind for kind in [*down, *up] if kind not in KINDS and kind not in ATTENDING]
-    if unknown:
-        raise UserError(
-            f"{path}: blocks of the type {unknown[0]} cannot be read; {', '.join([*KINDS, *ATTENDING])} can"
-        )
+    for side, kinds in (("Down", down), ("Up", up)):
+        known = [kind for kind in (*KINDS, *ATTENDING) if side in kind]
+        if unknown := [kind for kind in kinds if kind not in known]:
+            raise UserError(
+                f"{path}: {side.lower()}_block_types with {unknown[0]} cannot be read; {', '.join(known)} can"
+            )
     if [kind in ATTENDING for kind in reversed(up)] != attend:
         raise UserError(f"{path}: up_block_types must have attention at the levels where down_block_types have it")
     steps = [KINDS.get(kind, given["downsample_type"]) for kind in down[:-1]]
     steps += [KINDS.get(kind, given["upsample_type"]) for kind in up[:-1]]
     if len(set(steps)) > 1:
         raise UserError(f"{path}: some levels resample by convolutions and some by residual blocks; it must be one")
-    if given["attn_norm_num_groups"] not in (None, given["norm_num_groups"]):
+    groups = given["attn_norm_num_groups"]  # of the attention in the middle; with scale_shift, None is none
+    if groups not in (None, given["norm_num_groups"]):
         raise UserError(f"{path}: attn_norm_num_groups must be norm_num_groups={given['norm_num_groups']}")
     scale_shift = given["resnet_time_scale_shift"] == "scale_shift"
-    if scale_shift and given["add_attention"] and given["attn_norm_num_groups"] is None:
-        raise UserError(
-            f"{path}: attn_norm_num_groups=null together with resnet_time_scale_shift=scale_shift leaves the attention "
-            "in the middle without a group norm, which cannot be read"
-        )
     return {
         "_target_": "src.models.unet.UNet",
         "channels": channels,
@@ -151,6 +149,7 @@ def read_config(theirs: dict[str, Any], path: Any) -> dict[str, Any]:
         "attention_resolutions": [height // 2**level for level, attends in enumerate(attend) if attends],
         "channels_per_head": given["attention_head_dim"],
         "middle_attention": given["add_attention"],
+        "middle_norm": groups is not None or not scale_shift,
         "dropout": given["dropout"],
         "norm_groups": given["norm_num_groups"],
         "norm_eps": given["norm_eps"],
@@ -181,6 +180,9 @@ def write_config(node: dict[str, Any], net: UNet) -> dict[str, Any]:
     for key, value in must.items():
         if ours[key] != value:
             raise _inexpressible(f"model.{key}={ours[key]}")
+    unnormed = ours["middle_attention"] and not ours["middle_norm"]
+    if unnormed and not ours["scale_shift_norm"]:
+        raise _inexpressible("model.middle_norm=false without model.scale_shift_norm=true")
     if ours["resampling"] == "residual_projected":
         raise _inexpressible("model.resampling=residual_projected")
     groups = {m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)}
@@ -222,7 +224,7 @@ def write_config(node: dict[str, Any], net: UNet) -> dict[str, Any]:
         "dropout": ours["dropout"],
         "attention_head_dim": None if one_head else dims.pop(),
         "norm_num_groups": groups.pop(),
-        "attn_norm_num_groups": next(m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)),
+        "attn_norm_num_groups": None if unnormed else net.norm_out.num_groups,
         "norm_eps": ours["norm_eps"],
         "resnet_time_scale_shift": "scale_shift" if ours["scale_shift_norm"] else "default",
         "add_attention": ours["middle_attention"],
@@ -268,7 +270,7 @@ def _stage(ours: str, stage: Stage, prefix: str, index: int, old: bool) -> list[
     if stage.attention is not None:
         theirs = f"{prefix}.attentions.{index}"
         q, k, v, out = (OLD_ATTENTION[name] if old else name for name in OLD_ATTENTION)
-        found += same(f"{ours}.attention.norm", f"{theirs}.group_norm")
+        found += renamed(f"{ours}.attention", stage.attention, theirs, {"norm": "group_norm"})
         found += split(f"{ours}.attention.qkv", (f"{theirs}.{name}" for name in (q, k, v)), linear=True)
         found += pointwise(f"{ours}.attention.proj", f"{theirs}.{out}", ndim=2)
     return found

@@ -7,14 +7,17 @@ torch.save(net.model.state_dict(), ...), or safetensors.
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.interop.table import Entry, Shapes, permuted, places, renamed, same
+from src.interop.source import Source
+from src.interop.table import Entry, Shapes, infers, permuted, places, read_table, renamed, same, without_memory
+from src.interop.weights import read_tensors
 from src.models.blocks import ResidualBlock, Stage
 from src.models.unet import UNet
 
@@ -27,7 +30,30 @@ PARTS: dict[str, dict[str, Any]] = {
     "schedule": {"_target_": "src.diffusion.continuous.Karras", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
     "objective": {"_target_": "src.diffusion.objectives.Edm", "sigma_data": 0.5},
     "density": {"_target_": "src.diffusion.densities.LogNormal", "mean": -1.2, "std": 1.2},
+    "sampler": {"_target_": "src.diffusion.solvers.Heun", "steps": 18, "clip": False, "double": True},
 }
+
+
+def is_one(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a state dict of EDM's networks."""
+    return any("map_layer0." in key for key in keys)
+
+
+def read(path: Path) -> Source:
+    """A state dict in a file.
+
+    Raises:
+        UserError: when it is none of these networks'.
+    """
+    theirs = stripped(read_tensors(path))
+    with infers(path):
+        model = infer(theirs, path)
+
+    def state(node: dict[str, Any]) -> dict[str, Tensor]:
+        net = cast(UNet, without_memory(node))
+        return read_table(entries(net, model["image_size"]), theirs, net, path)
+
+    return Source({"model": model, **PARTS}, path, state)
 
 
 def stripped(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,8 +153,7 @@ def entries(net: UNet, size: int) -> list[Entry]:
 def _stage(ours: str, stage: Stage, theirs: str) -> list[Entry]:
     found = renamed(f"{ours}.block", stage.block, theirs, BLOCK)
     if stage.attention is not None:
-        for name, their_name in ATTENTION.items():
-            found += same(f"{ours}.attention.{name}", f"{theirs}.{their_name}")
+        found += renamed(f"{ours}.attention", stage.attention, theirs, ATTENTION)
         found += permuted(same(f"{ours}.attention.qkv", f"{theirs}.qkv"), stage.attention.num_heads, QKV)
     return found
 

@@ -136,7 +136,7 @@ def _stage(ours: str, stage: Stage, theirs: str, order: Order) -> list[Entry]:
 def _attention(ours: str, attention: Attention, theirs: str, order: Order) -> list[Entry]:
     qkv = pointwise(f"{ours}.attention.qkv", f"{theirs}.qkv", ndim=3)
     return [
-        *same(f"{ours}.attention.norm", f"{theirs}.norm"),
+        *renamed(f"{ours}.attention", attention, theirs, {"norm": "norm"}),
         *permuted(qkv, attention.num_heads, ORDERS[order]),
         *pointwise(f"{ours}.attention.proj", f"{theirs}.proj_out", ndim=3),
     ]

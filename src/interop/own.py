@@ -19,9 +19,9 @@ def read(path: Path) -> Source:
     Raises:
         UserError: when it is damaged, or holds no configuration.
     """
-    from src.interop.weights import read_header, read_tensors
+    from src.interop.weights import TEXTS, read_header, read_tensors
 
-    metadata = read_header(path).get("__metadata__", {})
+    metadata = read_header(path).get(TEXTS, {})
     config = configuration(metadata, path)
     if config is None:
         raise UserError(
@@ -44,7 +44,7 @@ def configuration(metadata: dict[str, str], path: Path) -> dict[str, Any] | None
         config = json.loads(metadata.get(CONFIG, "null"))
     except ValueError:
         return None
-    if not isinstance(config, dict) or not config.keys() >= PARTS:
+    if not isinstance(config, dict) or not config.keys() >= PARTS or not isinstance(config["model"], dict):
         return None
     check_known(config, path)
     return config

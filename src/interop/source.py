@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.overrides import plain_value
 from src.shapes import as_pair
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "density": {"_target_": "src.diffusion.densities.Uniform"},
     "loss": {"_target_": "src.diffusion.losses.Simple"},
 }
+STATES = (".safetensors", ".pt", ".pth")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DATA = {(3, 32, 32): "cifar10", (1, 28, 28): "mnist", (1, 8, 8): "digits"}
 HYBRID = {"_target_": "src.diffusion.losses.Hybrid"}  # of a network with a learned variance
@@ -25,6 +27,7 @@ OPTIONS = {  # of the groups of conf, by the class that they build
     "Linear": "linear",
     "ScaledLinear": "scaled_linear",
     "Cosine": "cosine",
+    "Tabulated": "tabulated",
     "Karras": "karras",
     "Eps": "eps",
     "X0": "x0",
@@ -69,16 +72,15 @@ class Source:
         if self.config is not None:
             return self.config
         model = self.parts["model"]
-        parts = {**PLAIN, **self.parts}
-        sampler = parts.setdefault("sampler", {"_target_": "src.diffusion.samplers.DDIM", "steps": None})
+        parts = {**PLAIN, "sampler": {"_target_": "src.diffusion.samplers.DDIM", "steps": None}, **self.parts}
+        chosen = choices(parts)
         return {
             "name": self.weights.parent.name,
             "seed": 0,
-            "overrides": [],
-            "choices": choices(parts),
+            "overrides": [*([f"data={data}"] if (data := data_option(model)) else []), *as_overrides(parts, chosen)],
+            "choices": chosen,
             "label_dropout": self.label_dropout,
             **parts,
-            "sampler": sampler,
             "data": data_for(model, seed=0),
         }
 
@@ -87,12 +89,17 @@ def data_for(model: dict[str, Any], seed: int) -> dict[str, Any]:
     """The data set of conf/data that has images as the network has; without one, their shape alone."""
     from omegaconf import OmegaConf
 
-    images = {"channels": model["channels"], "image_size": model["image_size"]}
-    shape = (images["channels"], *as_pair(images["image_size"]))
-    if shape not in DATA:
+    option = data_option(model)
+    if option is None:
+        images = {"channels": model["channels"], "image_size": model["image_size"]}
         return {**images, "num_classes": model.get("num_classes") or 1}
-    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{DATA[shape]}.yaml"), resolve=False)
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{option}.yaml"), resolve=False)
     return {**node, "seed": seed}
+
+
+def data_option(model: dict[str, Any]) -> str | None:
+    """The data set of conf/data that has images as the network has."""
+    return DATA.get((model["channels"], *as_pair(model["image_size"])))
 
 
 def choices(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -101,8 +108,17 @@ def choices(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {part: OPTIONS[name] for part, name in names.items() if name in OPTIONS}
 
 
+def as_overrides(config: dict[str, Any], chosen: dict[str, str]) -> list[str]:
+    """What makes a training's configuration of this one: the options, and all that they set."""
+    found = []
+    for part, option in chosen.items():
+        found.append(f"{part}={option}")
+        found += [f"++{part}.{k}={plain_value(v)}" for k, v in config[part].items() if k != "_target_"]
+    return found
+
+
 def find(path: Path) -> Source | None:
-    """What lies at a path, when it is a folder of diffusers or a .safetensors file; None for anything else.
+    """What lies at a path, when it is a folder of diffusers, a .safetensors file or EDM's; None for anything else.
 
     Raises:
         UserError: when it is one of them, and cannot be read.
@@ -111,6 +127,12 @@ def find(path: Path) -> Source | None:
 
     if path.is_dir() and diffusers.is_folder(path):
         return diffusers.read(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return own.read(path)
-    return None
+    if not path.is_file() or path.suffix not in STATES:
+        return None
+    from src.interop import edm
+    from src.interop.weights import read_header, read_tensors
+
+    own_kind = path.suffix == ".safetensors"
+    if edm.is_one(read_header(path) if own_kind else read_tensors(path)):
+        return edm.read(path)
+    return own.read(path) if own_kind else None

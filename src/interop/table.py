@@ -3,14 +3,16 @@
 Reading a peer's file and writing one are the same table, once from the right and once from the left.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.build import build
+from src.errors import UserError, reason
 from src.models.blocks import Stage
 from src.models.unet import UNet
 
@@ -197,3 +199,23 @@ def places(net: UNet) -> tuple[list[Place], list[Place]]:
         found.append(own)
     down, up = found
     return down, up
+
+
+def without_memory(model: Mapping[str, Any]) -> nn.Module:
+    """The network of a node of conf/model, whose tensors have shapes alone."""
+    with torch.device("meta"):
+        net: nn.Module = build(model, "model")
+    return net
+
+
+@contextmanager
+def infers(path: Path) -> Iterator[None]:
+    """Turns what goes wrong in a block that tells a network from what a file says into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} describes no network that can be read ({reason(error)}); save or download it again"
+        ) from error

@@ -34,6 +34,7 @@ class UNet(nn.Module):
         num_heads: attention heads.
         channels_per_head: instead of num_heads, of which wider levels then have more.
         middle_attention: attention between the two blocks at the bottom.
+        middle_norm: normalises its input; diffusers leaves that out together with its "scale_shift".
         up_attention: on the way up, attention after "all" blocks of a level, or after its "last" alone (DDPM++).
         dropout: probability, after the second norm and activation of each block.
         norm_groups: the most groups of a group norm; see `group_norm`.
@@ -94,6 +95,7 @@ class UNet(nn.Module):
         time_scale: float = 1.0,
         gradient_checkpointing: bool = False,
         augment_dim: int = 0,
+        middle_norm: bool = True,
     ) -> None:
         super().__init__()
         _check_positive(base_channels=base_channels, num_res_blocks=num_res_blocks, num_heads=num_heads)
@@ -128,9 +130,10 @@ class UNet(nn.Module):
         )
         resample = partial(residual, project=resampling == "residual_projected")
 
-        def stage(c_in: int, c_out: int, attend: bool) -> Stage:
+        def stage(c_in: int, c_out: int, attend: bool, normed: bool = True) -> Stage:
             heads = num_heads if channels_per_head is None else c_out // channels_per_head
-            return Stage(residual(c_in, c_out), Attention(c_out, heads, norm, skip_scale) if attend else None)
+            before = norm if normed else nn.Identity
+            return Stage(residual(c_in, c_out), Attention(c_out, heads, before, skip_scale) if attend else None)
 
         self.patch_size = patch_size
         self.gradient_checkpointing = gradient_checkpointing
@@ -163,7 +166,7 @@ class UNet(nn.Module):
                 self.down.append(Downsample(c, padding) if resampling == "conv" else resample(c, c, resample="down"))
                 skips.append(c)
 
-        self.middle = nn.ModuleList([stage(c, c, middle_attention), stage(c, c, False)])
+        self.middle = nn.ModuleList([stage(c, c, middle_attention, middle_norm), stage(c, c, False)])
 
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):

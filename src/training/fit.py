@@ -118,6 +118,7 @@ def fit(config: dict[str, Any], run_dir: Path, sweep: str | None = None) -> floa
                 log_config(logger, written)
             parameters = sum(p.numel() for p in training.net.parameters())
             devices = f"{training.trainer.world_size} x {settings.device_type}, {settings.chosen}"
+            devices += ", fused" if training.module.implementation().get("fused") else ""
             say(f"{config['name']}: {parameters:,} parameters, {devices}, in {shown(run_dir)}")
             for line in training.task.notes(data):
                 say(line)
@@ -337,7 +338,9 @@ def _build_optimizer(config: dict[str, Any], settings: TrainerSettings) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(f"optimizer: {error}") from error
     if settings.strategy == "fsdp" and isinstance(made, Muon):
-        raise UserError("optimizer=muon needs whole matrices, and strategy=fsdp cuts them; use optimizer=adamw")
+        raise UserError(
+            "optimizer=muon needs whole matrices, which strategy=fsdp cuts; use trainer.strategy=ddp or optimizer=adamw"
+        )
     return make
 
 

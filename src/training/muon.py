@@ -1,7 +1,8 @@
 """Muon: the momentum of each matrix, made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -10,19 +11,24 @@ from torch import Tensor, nn
 # Of the odd polynomial a s + b s^3 + c s^5, which lifts small singular values fast and leaves large ones near 1
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-SMALLEST = 16  # rows and columns of a matrix; what writes pixels has fewer, and often what reads them
+SMALLEST = 16  # rows and columns; what writes pixels has fewer, and often what reads them
+AT_ONCE = 32  # matrices whose Gram matrices are in memory together
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices and kernels, AdamW for everything else: biases, norms, and what writes pixels.
+    """Muon for matrices and kernels of at least 16 rows and columns, AdamW for all else: biases, norms, few channels.
 
     A kernel (O, I, h, w) is the matrix (O, I h w). The orthogonal update is scaled by 0.2 sqrt(max(O, I h w)) to the
     size of Adam's, so that `lr` and `weight_decay` are AdamW's (Liu et al. 2025, "Muon is scalable for LLM training",
     Eq. 4).
 
+    Shapes alone decide: a table of 16 labels is a matrix, and so is an output of 16 channels.
+
     Args:
-        momentum: share of the past in the average of gradients, in [0, 1); it looks one step ahead (Nesterov).
-        params, lr, betas, eps, weight_decay: as AdamW's.
+        params, lr, weight_decay: as AdamW's.
+        momentum: of matrices, share of the past in the average of gradients, in [0, 1); it looks one step ahead
+            (Nesterov).
+        betas, eps: of all else.
 
     Raises:
         ValueError: for a number out of range.
@@ -88,7 +94,8 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Of each matrix U S V^T about U V^T: every singular value that is not tiny lands between 0.7 and 1.2.
 
     X -> a X + b (X X^T) X + c (X X^T)^2 X, five times, from X of Frobenius norm 1. Each factor is a polynomial of the
-    first Gram matrix X X^T, of the smaller side: they are multiplied up by themselves, and meet X once.
+    first Gram matrix X X^T, of the smaller side: they are multiplied up by themselves, and meet X once. Rounding that
+    makes an eigenvalue negative is lifted 20,000 times, which float32 can bear and TF32 cannot.
 
     Args:
         matrices: (R, C) each, float32.
@@ -98,11 +105,23 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     sides = defaultdict(list)
     for i, x in enumerate(wide):
         sides[x.shape[0]].append(i)
-    for alike in sides.values():
-        factors = _factors(torch.stack([wide[i] @ wide[i].mT for i in alike]))
-        for i, factor in zip(alike, factors, strict=True):
-            wide[i] = factor @ wide[i]
+    with _in_float32():
+        for alike in (side[i : i + AT_ONCE] for side in sides.values() for i in range(0, len(side), AT_ONCE)):
+            factors = _factors(torch.stack([wide[i] @ wide[i].mT for i in alike]))
+            for i, factor in zip(alike, factors, strict=True):
+                wide[i] = factor @ wide[i]
     return [x.mT if of.shape[0] > of.shape[1] else x for x, of in zip(wide, matrices, strict=True)]
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Matrix products without TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _factors(grams: Tensor) -> Tensor:

@@ -119,9 +119,14 @@ class TrainingModule(LightningModule):
         if isinstance(self.masters, MasterWeights):
             self.masters.load(net_state(checkpoint["state_dict"]))
         # Whether the optimiser is fused is of this run's precision and not of the saved one's.
-        made = self.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        implementation = self.implementation()
         for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
-            group.update({key: made[key] for key in ("fused", "foreach") if key in made})
+            group.update(implementation)
+
+    def implementation(self) -> dict[str, bool | None]:
+        """How the optimiser computes what it computes: `fused` and `foreach`, where it has them."""
+        made = self.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        return {key: made[key] for key in ("fused", "foreach") if key in made}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.masters is not None:  # before anything, such as an average, takes hold of their memory

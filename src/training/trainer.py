@@ -171,8 +171,8 @@ class TrainerSettings:
 
     @property
     def chosen(self) -> str:
-        """Precision and what else is not torch's default, in words."""
-        words = {"channels-last": self.chosen_channels_last, "fused": self.fused_optimizer, "compiled": self.compile}
+        """Precision and what else of the network is not torch's default, in words."""
+        words = {"channels-last": self.chosen_channels_last, "compiled": self.compile}
         return ", ".join([self.chosen_precision, *(word for word, is_so in words.items() if is_so)])
 
     @property

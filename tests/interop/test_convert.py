@@ -1,8 +1,10 @@
 """python -m src.convert and init_from=: weights of others go the way of a run's own, and bad files go nowhere."""
 
 import json
+import os
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,14 @@ def adm(tmp_path_factory):
     openai(weights, torch.randn(1, 3, 16, 16), torch.zeros(1), **ADM)
     save_file(dict(weights), path)
     return path
+
+
+def edm_state():
+    """A state dict of EDM's."""
+    weights = Weights()
+    settings = {"base": 32, "mults": (1, 1), "blocks": 1, "attend": (), "classes": 0}
+    edm(weights, torch.randn(1, 1, 8, 8), torch.zeros(1), song=True, **settings)
+    return {key: v.contiguous() for key, v in weights.items()}
 
 
 def test_a_folder_of_diffusers_becomes_a_run(folder, command, tmp_path):
@@ -99,6 +109,20 @@ def test_fine_tuning_begins_with_the_weights(folder, command, tmp_path):
             torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_state_dict_of_edm_is_sampled_as_it_is_and_converted(suffix, command, tmp_path):
+    """It says all that there is to know of it."""
+    file = tmp_path / f"edm.{suffix}"
+    save_file(edm_state(), file) if suffix == "safetensors" else torch.save(edm_state(), file)
+    command("convert", f"source={file}", f"out={tmp_path}/run")
+    drawn = []
+    for name, source in (("a", file), ("b", tmp_path / "run")):
+        outcome = command("sample", f"run={source}", "sampler.steps=3", "num_samples=2", f"out={tmp_path}/{name}")
+        assert outcome.code == 0, outcome.err
+        drawn.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
+    assert np.array_equal(*drawn)
+
+
 def test_what_cannot_be_gone_on_with_is_told_from_what_can_be_begun_with(folder, command, tmp_path):
     command("convert", f"source={folder}", f"out={tmp_path}/run")
     for arguments, message in (
@@ -117,11 +141,11 @@ def test_what_cannot_be_gone_on_with_is_told_from_what_can_be_begun_with(folder,
 class Trap:
     """What a pickle can do to those who load it."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, call=Path.touch):
+        self.call, self.path = call, path
 
     def __reduce__(self):
-        return (Path.touch, (self.path,))
+        return (self.call, (self.path,))
 
 
 def renamed(source, target, change):
@@ -162,6 +186,31 @@ def metadata(parts):
     return rewrite
 
 
+def header(content):
+    """A file of weights with this header and no tensors."""
+
+    def rewrite(folder):
+        text = json.dumps(content).encode()
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(struct.pack("<Q", len(text)) + text)
+
+    return rewrite
+
+
+def variants(folder):
+    """Weights in two precisions, and not in the plain one."""
+    (file,) = folder.rglob("*.safetensors")
+    for kind in ("bf16", "fp16"):
+        shutil.copy(file, file.with_suffix(f".{kind}.safetensors"))
+    file.unlink()
+
+
+def indexed(file, places):
+    """An index in place of a file of weights."""
+    Path(f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    file.unlink()
+
+
 CODE = "only classes of this project are called"
 FOLDERS = {
     "a key is missing": (weights(lambda s: s.pop("conv_in.bias")), "it lacks conv_in.bias;"),
@@ -184,7 +233,20 @@ FOLDERS = {
     "of text": (edit("unet/config.json", _class_name="UNet2DConditionModel"), "describes a UNet2DConditionModel"),
     "NCSN++": (
         edit("unet/config.json", down_block_types=["SkipDownBlock2D"] * 2),
-        "blocks of the type SkipDownBlock2D cannot be read",
+        "down_block_types with SkipDownBlock2D cannot be read",
+    ),
+    "upwards first": (
+        edit("unet/config.json", down_block_types=["UpBlock2D", "DownBlock2D"]),
+        "down_block_types with UpBlock2D cannot be read",
+    ),
+    "two variants": (variants, "leave one of them there"),
+    "a part that is not there": (
+        lambda f: [indexed(p, {"a": "1.safetensors"}) for p in f.rglob("*.safetensors")],
+        "names 1.safetensors, which is not beside it",
+    ),
+    "a part elsewhere": (
+        lambda f: [indexed(p, {"a": "../../x.safetensors"}) for p in f.rglob("*.safetensors")],
+        "names ../../x.safetensors, which is not beside it",
     ),
     "a new setting": (edit("unet/config.json", depth=3), "depth=3 is not a setting of UNet2DModel that this project"),
     "fourier": (edit("unet/config.json", time_embedding_type="fourier"), "time_embedding_type=fourier cannot be read"),
@@ -200,10 +262,19 @@ FOLDERS = {
         edit("scheduler/scheduler_config.json", thresholding=True, sample_max_value=1.5),
         "sample_max_value=1.5 cannot be read",
     ),
-    "an unnormed middle": (
-        edit("unet/config.json", resnet_time_scale_shift="scale_shift", attn_norm_num_groups=None),
-        "leaves the attention in the middle without a group norm",
+    "betas of null": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text(
+            '{"_class_name": "IPNDMScheduler", "trained_betas": null}'
+        ),
+        "a IPNDMScheduler has no betas",
     ),
+    "continuous times": (
+        edit("scheduler/scheduler_config.json", timestep_type="continuous"),
+        "timestep_type=continuous cannot be read",
+    ),
+    "no metadata": (header({"__metadata__": None}), "is damaged or not a file of weights"),
+    "metadata that are no texts": (header({"__metadata__": {"config": 1}}), "its __metadata__ holds more than texts"),
+    "no offsets": (header({"a": {"data_offsets": []}}), "is damaged or not a file of weights"),
     "code in its configuration": (metadata({"schedule": {"_target_": "os.system", "command": "touch {sprung}"}}), CODE),
     "code by another name": (metadata({"data": {"_target_": "src.files.Path", "x": 1}}), CODE),
     "code in a list": (metadata({"data": {"more": [{"_target_": "posix.system"}]}}), CODE),
@@ -219,6 +290,7 @@ TYPES = {
         ("block_out_channels", "16"),
         ("down_block_types", None),
         ("down_block_types", ["DownBlock2D"]),
+        ("flip_sin_to_cos", "false"),
         ("sample_size", "8"),
         ("sample_size", [8]),
         ("norm_eps", "1e-6"),
@@ -246,6 +318,87 @@ def test_a_folder_that_is_not_what_it_says_is_refused(name, folder, command, tmp
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["parts", "fp16"])
+def test_weights_in_parts_or_in_another_precision_are_read(kind, folder, command, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    (file,) = theirs.rglob("*.safetensors")
+    state, expected = load_file(file), Run(folder).load_net("ema").state_dict()
+    if kind == "parts":
+        names = sorted(state)
+        parts = {"1-of-2.safetensors": names[::2], "2-of-2.safetensors": names[1::2]}
+        for name, keys in parts.items():
+            save_file({key: state[key] for key in keys}, file.parent / name)
+        indexed(file, {key: name for name, keys in parts.items() for key in keys})
+    else:
+        file.unlink()
+        save_file({key: v.half() for key, v in state.items()}, file.with_suffix(".fp16.safetensors"))
+    found = Run(theirs).load_net("ema").state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value if kind == "parts" else value.half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("unet/config.json", "block_out_channels", [16, 64]), ("scheduler/scheduler_config.json", "prediction_type", "x")],
+)
+def test_what_was_changed_beside_weights_with_a_configuration_is_refused(file, key, value, command, tmp_path):
+    """Catches settings that diffusers would take and we would not see."""
+    from src.interop import diffusers
+
+    run = Run(made(tmp_path / "run", *TINY))
+    diffusers.write(run.load_net("ema"), run.config, tmp_path / "ours")
+    assert Run(tmp_path / "ours").config == run.config
+    edit(file, **{key: value})(tmp_path / "ours")
+    outcome = command("convert", f"source={tmp_path}/ours", f"out={tmp_path}/out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"{file}: {key}={value} is not the " in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_dit_of_another_type_is_one_sentence(command, tmp_path):
+    config = {"_class_name": "DiTTransformer2DModel", "attention_head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    outcome = command("convert", f"source={tmp_path}", f"out={tmp_path}/out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "attention_head_dim=null is not a whole number" in outcome.err
+
+
+@pytest.mark.parametrize("betas", [None, [0.1, 0.2, 0.3, 0.4]])
+def test_a_preview_of_weights_of_others_shows_their_network_and_schedule(betas, folder, command, tmp_path):
+    """Catches the defaults in place of what the folder says, as it lies there and converted."""
+    shutil.copytree(folder, tmp_path / "theirs")
+    edit("scheduler/scheduler_config.json", trained_betas=betas)(tmp_path / "theirs")
+    command("convert", f"source={tmp_path}/theirs", f"out={tmp_path}/run")
+    for run in ("theirs", "run"):
+        outcome = command("preview", f"run={tmp_path / run}", "--cfg", "job")
+        assert outcome.code == 0, outcome.err
+        shown = yaml.safe_load(outcome.out)
+        assert shown["model"]["base_channels"] == 16
+        assert shown["schedule"].get("betas") == betas
+        assert betas or shown["schedule"]["beta_end"] == 0.03
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("adm", "time_embed.0.weight", torch.zeros(3)),
+        ("adm", "input_blocks.0.0.weight", torch.zeros(3)),
+        ("adm", "output_blocks.x.0.weight", torch.zeros(3)),
+        ("edm", "map_layer0.weight", torch.zeros(3)),
+    ],
+)
+def test_names_and_shapes_of_no_network_are_one_sentence(file, key, value, adm, command, tmp_path):
+    state = load_file(adm) if file == "adm" else edm_state()
+    save_file({**state, key: value}, tmp_path / "model.safetensors")
+    arguments = GUIDED if file == "adm" else ["format=edm_state_dict"]
+    outcome = command("convert", f"source={tmp_path}/model.safetensors", *arguments, f"out={tmp_path}/out")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "describes no network that can be read" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -423,16 +576,30 @@ def test_code_in_a_pickle_is_never_run(how, command, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message, adm, command, tmp_path):
-    of_edm = Weights()
-    settings = {"base": 32, "mults": (1, 1), "blocks": 1, "attend": (), "classes": 0}
-    edm(of_edm, torch.randn(1, 1, 8, 8), torch.zeros(1), song=True, **settings)
-    save_file({k: v.contiguous() for k, v in of_edm.items()}, tmp_path / "edm.safetensors")
+    save_file(edm_state(), tmp_path / "edm.safetensors")
     names = {"tmp": tmp_path, "adm": adm, "edm": tmp_path / "edm.safetensors"}
     outcome = command("convert", *(a.format(**names) for a in arguments), f"out={tmp_path}/out")
     assert outcome.code == 2, outcome
     assert message.format(**names) in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_calls_the_system_is_named(command, tmp_path):
+    """Whose module torch refuses in other words."""
+    torch.save({"ema": Trap(f"touch {tmp_path}/sprung", os.system)}, tmp_path / "model.pt")
+    outcome = command("convert", f"source={tmp_path}/model.pt", *GUIDED, f"out={tmp_path}/out")
+    assert outcome.code == 2
+    assert "holds more than tensors (posix.system)" in outcome.err
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_text_is_no_pickle(command, tmp_path):
+    """As git leaves in place of a large file."""
+    (tmp_path / "model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    outcome = command("convert", f"source={tmp_path}/model.bin", *GUIDED, f"out={tmp_path}/out")
+    assert outcome.code == 2
+    assert "is damaged or not a file of weights" in outcome.err
 
 
 def test_a_run_is_not_written_over(adm, command, tmp_path):

@@ -164,6 +164,7 @@ def test_a_torch_program_takes_labels_and_any_batch(exported):
         ("diffusers", ["model.up_attention=last", "model.attention_resolutions=[8]"], "model.up_attention=last"),
         ("diffusers", ["model.num_heads=2", "model.attention_resolutions=[8]"], "model.num_heads=2 at levels"),
         ("diffusers", ["model=simple_unet"], "a SimpleUNet has no place in diffusers"),
+        ("diffusers", ["model.middle_norm=false"], "model.middle_norm=false without model.scale_shift_norm=true"),
         ("diffusers", ["model=dit_tiny"], "model.endpoint=False has no place in diffusers' DiTTransformer2DModel"),
         ("onnx", ["model=oracle"], "is an oracle, which has no weights"),
     ],

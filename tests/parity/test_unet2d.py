@@ -31,6 +31,7 @@ NETWORKS = {
         "attn_norm_num_groups": 8,
         "out_channels": 6,
     },
+    "scale and shift": {**SIZE, **PLAIN, "resnet_time_scale_shift": "scale_shift"},  # no norm before the middle attends
     "labels": {**SIZE, **PLAIN, "num_class_embeds": 5},
     "odd widths": {**SIZE, **PLAIN, "block_out_channels": (32, 48), "sample_size": (8, 24)},
 }

@@ -128,7 +128,9 @@ def test_a_fused_optimiser_stays_one_after_a_run_without(monkeypatch):
     counts = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     progress = {"fit_loop": {"epoch_loop.batch_progress": {"total": counts, "current": dict(counts)}}}
     checkpoint = {"global_step": 1, "loops": progress, "optimizer_states": [old.state_dict()]}
-    TrainingModule.on_load_checkpoint(SimpleNamespace(accumulated=1, masters=None, make_optimizer=make), checkpoint)
+    module = SimpleNamespace(accumulated=1, masters=None, make_optimizer=make)
+    module.implementation = partial(TrainingModule.implementation, module)
+    TrainingModule.on_load_checkpoint(module, checkpoint)
     new.load_state_dict(checkpoint["optimizer_states"][0])
     assert new.param_groups[0]["fused"]
     Guard.leave_out(new, new.param_groups[0]["params"], torch.tensor(False))
