@@ -238,7 +238,7 @@ def test_the_tables_say_what_is_missing_and_how_far_seeds_are_apart():
     read = "the classifiers read 99.00% and 98.50% of the test set right"
     assert same[0] == f"same network, 10 minutes of training, 1,000 samples; {read}"
     assert own[0] == (
-        "each its own network, 10 minutes of training, 1,000 samples; memory at the peak: diffusers more than ours"
+        "each its own network, 10 minutes of training, 1,000 samples; peak memory of diffusers above ours"
     )
     ours = ["ours", "33.0 (30.0 to 36.0)", "21.0 (20.0 to 23.0)", "2,800,000", "64", "2,002", "128,128", "590", "1.00"]
     assert same[2][0] == own[2][0] == [*ours, "ddim", "42"]

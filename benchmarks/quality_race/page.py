@@ -123,8 +123,8 @@ def memory(kept: Kept, names: Sequence[str]) -> str:
     others = [name for name in peaks if name != OURS]
     if OURS not in peaks or not others:
         return ""
-    said = [f"{name} {'more' if peaks[name] > peaks[OURS] else 'no more'}" for name in others]
-    return f"; memory at the peak: {', '.join(said)} than ours"
+    above = [name for name in others if peaks[name] > peaks[OURS]]
+    return f"; peak memory of {' and of '.join(above)} above ours" if above else "; no peer's peak memory is above ours"
 
 
 TRIED = ("", "set", "minutes", "samples", "sampler", "Fréchet distance", "of a second classifier", "steps", "images")
