@@ -9,6 +9,12 @@ from PIL import Image
 from src.diffusion.schedules import Cosine, Linear
 
 
+@pytest.fixture(autouse=True)
+def without_pace(monkeypatch):
+    """Trains no network for the sentence about its pace, which tests/evaluation/test_cost.py reads."""
+    monkeypatch.setattr("src.evaluation.preview.pace", lambda *_: None)
+
+
 def strict(path):
     """JSON as any reader takes it: no NaN, no Infinity."""
 
