@@ -96,16 +96,6 @@ def test_a_score_depends_on_the_seed_and_not_on_the_batch(score):
         assert other[name]["value"] != whole[name]["value"]
 
 
-def test_a_score_does_not_depend_on_the_number_of_processes(score):
-    """To the bit; the images whose steps of the ODE are chosen together are those of a batch, whoever computes it."""
-    settings = ["scores=[vlb,ode]", "num_images=12", "batch_size=5", "vlb.num_times=5", "ode.rtol=0.1", "ode.atol=0.1"]
-    one, two = score(*settings), score(*settings, "devices=2")
-    assert len(one["ode"]["evaluations"]) == 3
-    for name in ("vlb", "ode"):
-        assert same(one[name]) == same(two[name])
-    assert one["stamp"] == two["stamp"]
-
-
 def same(part: dict) -> dict:
     """A score without what no two runs share."""
     return {key: value for key, value in part.items() if key != "seconds"}

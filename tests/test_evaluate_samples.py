@@ -89,10 +89,13 @@ def test_a_score_is_that_of_the_samples_and_brings_all_it_depends_on(command, sc
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(score, run):
-    settings = [*FEW, "scores=[fd,colour,loss]", "num_images=6"]
+    """To the bit; the images whose steps of the ODE are chosen together are those of a batch, whoever computes it."""
+    coarse = ["vlb.num_times=5", "ode.rtol=0.1", "ode.atol=0.1"]
+    settings = [*FEW, "scores=[fd,colour,loss,vlb,ode]", "num_images=12", "batch_size=5", *coarse]
     one = score(*settings)
     shutil.rmtree(run / "evaluation")
     two = score(*settings, "devices=2")
+    assert len(one["ode"]["evaluations"]) == 3
     assert {name: value(entry) for name, entry in one.items()} == {name: value(entry) for name, entry in two.items()}
 
 
