@@ -1,11 +1,13 @@
 """Sampling throughput: the same network, sampler and number of evaluations here and in diffusers' pipelines.
 
-  ours        what src.sample does: batches side by side, one thread each, over the solver's steps
+  ours        what src.sample does: batches side by side, one thread each, over the solver's steps; on a GPU one batch
+              after the other, with the network's kernels recorded
   diffusers   the loop of DDPMPipeline: scheduler.set_timesteps, then network and scheduler.step in turns, all threads
               on one batch; in float32 as it comes, under autocast to bfloat16, and with its weights in bfloat16
 
-A step costs what it costs however many there are: a turn draws `--images` images in few steps, and images a second are
-of the number that the row names. What a contender's name does not say is its default.
+A step costs what it costs however many there are: a turn draws `--images` images in few steps (on a GPU in 50, or in
+all where there are fewer), and images a second are of the number that the row names. What a contender's name does not
+say is its default.
 """
 
 from contextlib import nullcontext
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.networks import LARGE, SIZES, SMALL, Called, facts_of, peers_network
 from benchmarks.timing import arguments, spread, write_report
-from benchmarks.turns import Contender, Turns, race
+from benchmarks.turns import DEVICE, ON_GPU, Contender, Turns, race
 
 SAMPLERS: dict[str, dict[str, Any]] = {  # steps of the row, steps of a turn
     "DDPM": {"steps": 1000, "few": 2, "scheduler": "DDPMScheduler"},
@@ -24,22 +26,26 @@ SAMPLERS: dict[str, dict[str, Any]] = {  # steps of the row, steps of a turn
     "Heun": {"steps": 18, "few": 2, "scheduler": "HeunDiscreteScheduler"},
 }
 OURS = "ours, bf16-mixed"
+if ON_GPU:  # where what a batch costs once is not small beside a step
+    SAMPLERS = {name: {**of, "few": min(of["steps"], 50)} for name, of in SAMPLERS.items()}
 ROWS = ((LARGE, "DDIM"), (SMALL, "DDPM"), (SMALL, "DDIM"), (SMALL, "Heun"))
+ROWS_ON_GPU = ((LARGE, "DDPM"), (LARGE, "DDIM"), (LARGE, "Heun"))
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--images", type=int, default=32, help="a turn")
+    parser.add_argument("--batch-size", type=int, default=64 if ON_GPU else 16)
+    parser.add_argument("--images", type=int, default=64 if ON_GPU else 32, help="a turn")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--sizes", nargs="+", choices=(LARGE, SMALL), default=(LARGE, SMALL))
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=tuple(SAMPLERS))
     args = parser.parse_args()
     tables, results = [], {}
-    for size, sampler in ROWS:
-        if size not in args.sizes:
+    for size, sampler in ROWS_ON_GPU if ON_GPU else ROWS:
+        if size not in args.sizes or sampler not in args.samplers:
             continue
         contenders = contenders_of(size, sampler, args.batch_size, args.images)
-        result = race(contenders, OURS, args.rounds, warmup=1)
+        result = race(contenders, OURS, args.rounds, warmup=2 if ON_GPU else 1)
         steps, few = SAMPLERS[sampler]["steps"], SAMPLERS[sampler]["few"]
         rows = []
         for name in result.rounds.values:
@@ -51,11 +57,11 @@ def main() -> None:
             rows.append([name, f"{args.images / seconds:.3g}", ratio, f"{result.peak_bytes[known] / 2**30:.2f}"])
         caption = (
             f"{sampler}, {steps} steps, {result.facts['ours']['parameters'] / 1e6:.1f}M parameters, batch "
-            f"{args.batch_size}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+            f"{args.batch_size}, {'' if ON_GPU else f'{torch.get_num_threads()} threads, '}{args.rounds} rounds"
         )
         tables.append((caption, ["", "images/s", f"{OURS}, times as fast", "peak GiB"], rows))
         results[f"{size} {sampler}"] = {"seconds_a_turn": result.rounds.values, "peak_bytes": result.peak_bytes}
-    write_report(args, tables, results=results)
+    write_report(args, tables, DEVICE, results=results)
 
 
 def evaluations(sampler: str, steps: int) -> int:
@@ -68,6 +74,11 @@ def contenders_of(size: str, sampler: str, batch: int, images: int) -> dict[str,
         shared = {"size": size, "sampler": sampler, "batch": batch, "images": images}
         return Contender(f"benchmarks.sampling:{function}", {**shared, **options})
 
+    on_gpu = {
+        "diffusers, bf16 weights, channels_last, compiled": of(
+            "diffusers", bf16=True, channels_last=True, compiled=True
+        )
+    }
     return {
         OURS: of("ours", bf16=True),
         "ours": of("ours"),
@@ -75,6 +86,7 @@ def contenders_of(size: str, sampler: str, batch: int, images: int) -> dict[str,
         "diffusers, autocast": of("diffusers", autocast=True),
         "diffusers, bf16 weights": of("diffusers", bf16=True),
         "diffusers, bf16 weights, channels_last": of("diffusers", bf16=True, channels_last=True),
+        **(on_gpu if ON_GPU else {}),
     }
 
 
@@ -90,20 +102,21 @@ def ours(turns: Turns, size: str, sampler: str, batch: int, images: int, bf16: b
     config = configuration(
         f"data.channels={shape[0]}", f"data.image_size={shape[1]}", "model=unet", *SIZES[size]["ours"]
     )
-    net, diffusion = placed(build_net(config).eval(), torch.device("cpu")), build_diffusion(config)
+    net, diffusion = build_net(config).eval(), build_diffusion(config)
     facts = facts_of(net, shape)
+    net = placed(net, DEVICE)
     few = SAMPLERS[sampler]["few"]
     made: Any = {"DDPM": DDPM, "DDIM": DDIM, "Heun": Heun}[sampler](few)
     parts = [range(low, min(low + batch, images)) for low in range(0, images, batch)]
 
     def work(indices: range, _: object) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16) if bf16 else nullcontext():
             denoise = diffusion.denoiser(net)
-            for _step in generate(denoise, made, diffusion.schedule, shape, 0, indices, torch.device("cpu")):
+            for _step in generate(denoise, made, diffusion.schedule, shape, 0, indices, DEVICE):
                 pass
 
     while True:
-        in_threads(work, parts, torch.device("cpu"))
+        in_threads(work, parts, DEVICE)
         turns.step(facts)
 
 
@@ -116,6 +129,7 @@ def diffusers(
     autocast: bool = False,
     bf16: bool = False,
     channels_last: bool = False,
+    compiled: bool = False,
 ) -> None:
     from diffusers import schedulers
 
@@ -123,14 +137,16 @@ def diffusers(
     net = Called(peers_network(size), shape[0]).eval()
     facts = facts_of(net, shape)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    net.to(dtype)
+    net.to(DEVICE, dtype)
     if channels_last:
         net.to(memory_format=torch.channels_last)
+    if compiled:
+        net.compile(mode="reduce-overhead")
     scheduler = getattr(schedulers, SAMPLERS[sampler]["scheduler"])(1000, 1e-4, 0.02, "linear")
 
     def draw(number: int) -> Tensor:
         scheduler.set_timesteps(SAMPLERS[sampler]["few"])
-        x = torch.randn(number, *shape, dtype=dtype)
+        x = torch.randn(number, *shape, dtype=dtype, device=DEVICE)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x = x * scheduler.init_noise_sigma
@@ -139,7 +155,7 @@ def diffusers(
         return x
 
     while True:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext():
             for low in range(0, images, batch):
                 draw(min(batch, images - low))
         turns.step(facts)

@@ -7,9 +7,10 @@
   bare        a plain loop with fused AdamW: no clipping, no average, no log
 
 All train diffusers' or our network of the same parameters and operations, on random images. Each lives in a process of
-its own and takes `--steps` steps a turn. What a contender's name does not say is its default: float32 for all but ours.
+its own. What a contender's name does not say is its default: float32 for all but ours. On a GPU where there is one.
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,35 +26,39 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.networks import LARGE, SIZES, SMALL, Called, facts_of, peers_network
 from benchmarks.peaks import peaks
 from benchmarks.timing import arguments, spread, write_report
-from benchmarks.turns import Contender, Turns, race
+from benchmarks.turns import DEVICE, ON_GPU, Contender, Turns, race
 
-IMAGES = 512
+HELD_OUT = 32
+IMAGES = (16384 if ON_GPU else 480) + HELD_OUT
+FILES_OF_BATCHES = 256  # for lucidrains' loader, or it begins an epoch, with new workers, in every turn
 FOREVER = 10**9
 GIB = 2**30
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=(LARGE, SMALL), default=(LARGE, SMALL))
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--sizes", nargs="+", choices=(LARGE, SMALL), default=(LARGE,) if ON_GPU else (LARGE, SMALL))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=(128, 512) if ON_GPU else (16,))
+    parser.add_argument("--steps", type=int, help="a turn; on a CPU 1 of the large network and 8 of the small one")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders")
     args = parser.parse_args()
     tables, results = [], {}
-    for size in args.sizes:
-        contenders = {k: v for k, v in contenders_of(size, args.batch_size).items() if not args.only or k in args.only}
-        before = peaks()
-        result = race(contenders, "ours", args.rounds, warmup=3, steps=1 if size == LARGE else 8)
-        best = {name: max(rate, before[name]) for name, rate in peaks().items()}
-        tables.append((caption(size, result.facts["ours"], args), *table(result, args.batch_size, best)))
+    for size, batch in itertools.product(args.sizes, args.batch_sizes):
+        contenders = {k: v for k, v in contenders_of(size, batch).items() if not args.only or k in args.only}
+        before = peaks(DEVICE)
+        steps = args.steps or (20 if ON_GPU else 1 if size == LARGE else 8)
+        result = race(contenders, "ours", args.rounds, warmup=3, steps=steps)
+        best = {name: max(rate, before[name]) for name, rate in peaks(DEVICE).items()}
+        tables.append((caption(size, batch, result.facts["ours"], args.rounds), *table(result, batch, best)))
         tables.append(("this machine's peaks in the same run", *of_peaks(best)))
-        results[size] = {
+        results[f"{size}, batch {batch}"] = {
             "seconds_a_step": result.rounds.values,
             "facts": result.facts,
             "peak_bytes": result.peak_bytes,
             "peaks": best,
         }
-    write_report(args, tables, results=results)
+    write_report(args, tables, DEVICE, results=results)
 
 
 def contenders_of(size: str, batch: int) -> dict[str, Contender]:
@@ -65,6 +70,21 @@ def contenders_of(size: str, batch: int) -> dict[str, Contender]:
         "diffusers, bf16, compiled": of("diffusers", precision="bf16", compiled=True),
         "bare, bf16, compiled": of("bare", bf16=True, compiled=True),
     }
+    if ON_GPU:
+        return {
+            "ours": of("ours", overrides=[]),
+            "ours, not compiled": of("ours", overrides=["trainer.compile=false"]),
+            "diffusers": of("diffusers"),
+            "diffusers, bf16": of("diffusers", precision="bf16"),
+            "diffusers, bf16, channels_last": of("diffusers", precision="bf16", channels_last=True),
+            "diffusers, bf16, compiled": compiled["diffusers, bf16, compiled"],
+            "diffusers, bf16, channels_last, compiled": of(
+                "diffusers", precision="bf16", channels_last=True, compiled=True
+            ),
+            "lucidrains": of("lucidrains"),
+            "lucidrains, bf16": of("lucidrains", bf16=True),
+            "bare, bf16, compiled": compiled["bare, bf16, compiled"],
+        }
     return {
         "ours": of("ours", overrides=[]),
         "ours, 32-true": of("ours", overrides=["trainer.precision=32-true"]),
@@ -79,11 +99,12 @@ def contenders_of(size: str, batch: int) -> dict[str, Contender]:
     }
 
 
-def caption(size: str, facts: Any, args: Any) -> str:
+def caption(size: str, batch: int, facts: Any, rounds: int) -> str:
     channels, height, width = SIZES[size]["shape"]
     return (
         f"{facts['parameters'] / 1e6:.1f}M parameters, {facts['flops'] / 1e9:.2f} GFLOPs an image of "
-        f"{height}x{width}x{channels}, batch {args.batch_size}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        f"{height}x{width}x{channels}, batch {batch}, "
+        f"{'' if ON_GPU else f'{torch.get_num_threads()} threads, '}{rounds} rounds"
     )
 
 
@@ -118,6 +139,7 @@ def ours(turns: Turns, size: str, batch: int, overrides: list[str]) -> None:
     config = configuration(
         "experiment=cifar10",
         "trainer=auto",
+        *(["trainer.devices=1"] if ON_GPU else []),
         *SIZES[size]["ours"],
         *random_images(size),
         f"data.batch_size={batch}",
@@ -156,13 +178,21 @@ def random_images(size: str) -> list[str]:
         f"+data.source.shape={list(SIZES[size]['shape'])}",
         f"data.channels={channels}",
         f"data.image_size={height}",
-        "data.val_images=32",
+        f"data.val_images={HELD_OUT}",
     ]
 
 
 def batches(size: str, batch: int) -> DataLoader:
-    """Random images in [-1, 1] for the others, of no cost."""
-    return DataLoader(TensorDataset(torch.rand(IMAGES, *SIZES[size]["shape"]) * 2 - 1), batch, shuffle=True)
+    """Random images in [-1, 1] for the others, of little cost."""
+    images = WholeBatches(torch.rand(IMAGES, *SIZES[size]["shape"]) * 2 - 1)
+    return DataLoader(images, batch, shuffle=True, drop_last=True, collate_fn=lambda found: found, pin_memory=ON_GPU)
+
+
+class WholeBatches(TensorDataset):
+    """Gives a batch as one tensor, and not image by image."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [values[indices] for values in self.tensors]
 
 
 def prepared(net: nn.Module, channels_last: bool = False, compiled: bool = False) -> nn.Module:
@@ -187,7 +217,7 @@ def diffusers(
 
     def loss_of(model: nn.Module, x0: Tensor) -> Tensor:
         noise = torch.randn_like(x0)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),))
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
         noisy = scheduler.add_noise(x0, noise, t)
         if channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -195,7 +225,7 @@ def diffusers(
 
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     loop = diffusers_example(
-        net, loss_of, batches(size, batch), optimizer, FOREVER, cpu=True, mixed_precision=precision
+        net, loss_of, batches(size, batch), optimizer, FOREVER, cpu=not ON_GPU, mixed_precision=precision
     )
     for _ in loop:
         turns.step(facts)
@@ -211,8 +241,10 @@ def lucidrains(turns: Turns, size: str, batch: int, bf16: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
         images.mkdir()
-        for i in range(2048):  # or its loader begins an epoch, with new workers, in every turn
+        for i in range(IMAGES):
             save_image(torch.rand(shape), images / f"{i}.png")
+        for i in range(IMAGES, FILES_OF_BATCHES * batch):
+            (images / f"{i}.png").hardlink_to(images / f"{i % IMAGES}.png")
         trainer = Trainer(
             GaussianDiffusion(net, image_size=shape[1]),
             images.as_posix(),
@@ -237,14 +269,15 @@ def lucidrains(turns: Turns, size: str, batch: int, bf16: bool = False) -> None:
 def bare(turns: Turns, size: str, batch: int, bf16: bool = False, compiled: bool = False) -> None:
     net = Called(peers_network(size), SIZES[size]["shape"][0])
     facts = {**facts_of(net, SIZES[size]["shape"]), "bf16": bf16}
-    prepared(net, compiled=compiled)
+    prepared(net.to(DEVICE), channels_last=ON_GPU, compiled=compiled)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    alphas_cumprod = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float()
-    for x0 in forever(batches(size, batch)):
+    alphas_cumprod = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float().to(DEVICE)
+    for images in forever(batches(size, batch)):
+        x0 = images.to(DEVICE, non_blocking=True)
         noise = torch.randn_like(x0)
-        t = torch.randint(0, 1000, (len(x0),))
+        t = torch.randint(0, 1000, (len(x0),), device=DEVICE)
         a = alphas_cumprod[t][:, None, None, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             loss = F.mse_loss(net(a.sqrt() * x0 + (1 - a).sqrt() * noise, t).float(), noise)
         loss.backward()
         optimizer.step()

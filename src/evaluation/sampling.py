@@ -16,6 +16,7 @@ from src.diffusion.gaussian import GaussianDiffusion
 from src.diffusion.guidance import Autoguidance, Denoiser, Guidance
 from src.diffusion.samplers import Sampler, StepSampler, generate
 from src.errors import UserError
+from src.evaluation.graphs import recorded
 from src.evaluation.shards import Shards
 from src.evaluation.weights import text_digest
 from src.files import replacing
@@ -273,9 +274,10 @@ def _guide(
 
 
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device, in the memory format that is faster there."""
-    placed: Any = {"memory_format": torch.channels_last} if faster_channels_last(device) else {}
-    return net.to(device, **placed)
+    """The network on the device, in the memory format that is faster there; on a GPU its kernels are recorded."""
+    options: Any = {"memory_format": torch.channels_last} if faster_channels_last(device) else {}
+    net = net.to(device, **options)
+    return recorded(net) if device.type == "cuda" else net
 
 
 def _labels(asked: Any, net: nn.Module, num_samples: int, checkpoint: Path) -> Tensor | None:

@@ -23,10 +23,15 @@ SECONDS = 120  # that a compiler may take; it takes two
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+def c_compiler() -> str | None:
+    """$CC, cc, gcc or clang, where there is one."""
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no C compiler ($CC, cc, gcc or clang), or what it makes is wrong."""
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    """The compiled functions; None where there is no C compiler, or what it makes is wrong."""
+    compiler = c_compiler()
     if compiler is None or platform.system() != "Linux":
         return None
     flags = (*FLAGS, *(WIDE if platform.machine() == "x86_64" else ()))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.data.loader import Batch
+from src.training.compiling import not_compiled
 from src.training.step import TrainingModule
 
 
@@ -32,7 +33,7 @@ class ClassifierModule(TrainingModule):
         self._count += len(batch.x0)
         raw: AbstractContextManager[None] = nullcontext()
         for row, weights in enumerate((raw, self.ema.swapped())):
-            with weights:
+            with weights, not_compiled():
                 logits = self.net(batch.x0).float()
             losses = F.cross_entropy(logits, batch.label, reduction="none").cpu().double()
             right = (logits.argmax(1) == batch.label).cpu().double()

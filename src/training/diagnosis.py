@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from src.data.loader import Batch
+from src.training.compiling import not_compiled
 from src.training.sharding import Sharded, local
 
 
@@ -32,7 +33,8 @@ def diagnose(module: Any, batch: Batch, batch_idx: int) -> str:
 
     hooks = [layer.register_forward_hook(look) for layer in names]
     try:
-        with torch.set_grad_enabled(not sharded), module.trainer.precision_plugin.forward_context():
+        precision = module.trainer.precision_plugin.forward_context()
+        with torch.set_grad_enabled(not sharded), precision, not_compiled():
             losses, u = module.losses(batch, part, module.global_step - 1)
     finally:
         for hook in hooks:

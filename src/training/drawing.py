@@ -11,6 +11,7 @@ from src.pictures import to_uint8
 from src.processes import Group
 from src.runs import cycled_labels
 from src.threads import Tick, cut, in_threads, share_out, untold
+from src.training.compiling import not_compiled
 from src.training.metrics import TrainMetrics
 from src.training.sharding import Sharded
 
@@ -45,16 +46,13 @@ def draw_samples(
     TrainMetrics.pause_all(trainer)
     training = module.training
     module.eval()
-    with ema.swapped():
+    with ema.swapped(), not_compiled():
         if isinstance(trainer.strategy, Sharded):
             drawn = [sample(indices, untold) for indices in cut(num_samples, batch_size)]
             images = drawn if trainer.is_global_zero else []
         else:
             group = Group(trainer.global_rank, trainer.world_size)
             own = group.share(share_out(num_samples, batch_size, shape, device, group))
-            compiled = getattr(net, "_compiled_call_impl", None) is not None  # threads cannot compile at the same time
-            images = group.gather(
-                [sample(part, untold) for part in own] if compiled else in_threads(sample, own, device)
-            )
+            images = group.gather(in_threads(sample, own, device))
     module.train(training)
     return images

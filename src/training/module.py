@@ -11,6 +11,7 @@ from src.data.loader import Batch
 from src.diffusion.gaussian import GaussianDiffusion
 from src.models.dropout import Dropout, give_keys
 from src.randomness import GOLDEN, NoiseStream, RowNoise, mix, scramble, seed_device
+from src.training.compiling import not_compiled
 from src.training.ema import EMA
 from src.training.guard import Guard
 from src.training.lr import Constant
@@ -172,7 +173,7 @@ class DiffusionModule(TrainingModule):
         self._counts += bins.sum(0)
         raw: AbstractContextManager[None] = nullcontext()
         for row, weights in enumerate((raw, self.ema.swapped())):
-            with weights:
+            with weights, not_compiled():
                 self._sums[row] += self.p_losses(x0, t, noise, y).cpu().double() @ bins
 
     def on_validation_epoch_end(self) -> None:

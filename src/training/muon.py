@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +56,19 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        groups = [group for group in self.param_groups if "momentum" in group]
-        matrices = [p for group in groups for p in group["params"] if p.grad is not None]
-        gradients = [cast(Tensor, p.grad) for p in matrices]
-        for group in groups:
-            if any(p.grad is not None for p in group["params"]):
-                self._step_matrices(group)
-        for parameter in matrices:  # which leaves the others to Adam
+        hidden: list[tuple[Tensor, Tensor]] = []  # matrices and their gradients, of which Adam sees nothing
+        for group in self.param_groups:
+            if "momentum" in group and (found := [(p, p.grad) for p in group["params"] if p.grad is not None]):
+                self._step_matrices(group, *map(list, zip(*found, strict=True)))
+                hidden += found
+        for parameter, _ in hidden:
             parameter.grad = None
         super().step()
-        for parameter, gradient in zip(matrices, gradients, strict=True):
+        for parameter, gradient in hidden:
             parameter.grad = gradient
         return loss
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        gradients = [cast(Tensor, p.grad) for p in parameters]
+    def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:  # named as Adam's, which looks for both on loading
                 self.state[parameter].update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))

@@ -21,6 +21,7 @@ from torch import nn
 from src.errors import UserError
 from src.launch import launched, meeting_point
 from src.models.norm import faster_channels_last
+from src.training.compiling import worth_compiling
 from src.training.masters import MasterWeights
 from src.training.sharding import Sharded, blocks
 from src.training.units import Steps
@@ -51,7 +52,7 @@ class TrainerSettings:
     gradient_clip_norm: float | None = 1.0
     val_every_n_steps: Steps = 1000
     log_every_n_steps: Steps = 50
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
     deterministic: bool = False
     requeue_code: int | None = None
@@ -170,9 +171,16 @@ class TrainerSettings:
         return self.strategy != "fsdp" and faster_channels_last(torch.device(self.device_type))
 
     @property
+    def chosen_compile(self) -> bool:
+        """`compile`, with auto as what is faster here over the whole run."""
+        if self.compile != "auto":
+            return self.compile
+        return self.strategy != "fsdp" and worth_compiling(self.device_type, self.max_steps)
+
+    @property
     def chosen(self) -> str:
         """Precision and what else of the network is not torch's default, in words."""
-        words = {"channels-last": self.chosen_channels_last, "compiled": self.compile}
+        words = {"channels-last": self.chosen_channels_last, "compiled": self.chosen_compile}
         return ", ".join([self.chosen_precision, *(word for word, is_so in words.items() if is_so)])
 
     @property
@@ -191,7 +199,8 @@ class TrainerSettings:
         if self.chosen_channels_last:
             net.to(memory_format=torch.channels_last)
         masters = MasterWeights(net) if self.chosen_precision == "bf16-true" else None
-        if self.compile:
+        if self.chosen_compile:
+            torch._dynamo.reset()  # what a sweep's jobs before this one have compiled
             modules = list(blocks(net)) if self.strategy == "fsdp" else [net]
             for module in modules:
                 module.compile()
@@ -221,13 +230,14 @@ class TrainerSettings:
             num_sanity_val_steps=0,
             log_every_n_steps=self.log_every_n_steps,
             deterministic=self.deterministic,
+            benchmark=self.device_type == "cuda" and not self.deterministic,  # cuDNN tries its algorithms out
             logger=False,  # fit gives it its loggers when it has found nothing to refuse
             callbacks=callbacks,
             plugins=[writer, *_environment()],
             default_root_dir=run_dir,
             enable_checkpointing=False,
             enable_model_summary=False,
-            inference_mode=False,  # lets a compiled network serve training and validation
+            inference_mode=False,  # no_grad does
             use_distributed_sampler=False,
         )
         # Signals are for `Stop`. Lightning's handler broadcasts wherever it is called, which several processes answer
