@@ -3,10 +3,8 @@
 A protocol is what two numbers must share to be compared. The stamp tells of what was scored, and where: it may differ.
 """
 
-import platform
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from src.evaluation.likelihood import Subject
 from src.evaluation.reference import images_digest
 from src.evaluation.sampling import Setup
 from src.runs import Run
-from src.training.summary import PACKAGES, git_commit
+from src.training.summary import git_commit, versions
 
 
 def of_samples(config: dict[str, Any], setup: Setup, n: int) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def subject_stamp(config: dict[str, Any], run: Run, device: torch.device) -> dic
         "seed": config["seed"],
         "device": str(device),
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
 
 

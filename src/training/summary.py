@@ -6,7 +6,8 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def summarize(
         "precision": precision,
         "seed": config["seed"],
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
 
 
@@ -66,6 +67,15 @@ def _finite(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _finite(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results may depend on; what is not there, such as wandb, is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from src.runs import Run
+from src.training.summary import versions
 from tests.helpers import rows
 from tests.warm import start, wait_for
 
@@ -67,6 +68,12 @@ def test_the_summary_says_what_ran(smoke_run):
     assert summary["metrics"]["val/loss_ema"] == pytest.approx(float(rows(smoke_run)[-1]["val/loss_ema"]), rel=1e-7)
     assert {"torch", "lightning", "hydra-core"} <= summary["versions"].keys()
     assert {"images_per_second", "wall_seconds", "device", "git_commit"} <= summary.keys()
+
+
+def test_a_package_that_is_missing_is_left_out_at_the_end(monkeypatch):
+    """Where W&B was never installed: its absence must not cost a finished run its summary."""
+    monkeypatch.setattr("src.training.summary.PACKAGES", ("torch", "no-such-package"))
+    assert versions().keys() == {"python", "torch"}
 
 
 def test_the_loss_falls(smoke_run):
