@@ -1,5 +1,6 @@
 """What only a GPU can show; `tests/training/test_precision.py` has its precisions."""
 
+import copy
 import json
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_scores_are_those_of_the_cpu(command, smoke_run, tmp_path):
         outcome = command("evaluate", f"run={smoke_run}", f"out={out}", f"device={device}", "scores=[loss]")
         assert outcome.code == 0, outcome.err
         found.append(json.loads((out / "metrics.json").read_text()))
-    a, b = (entry["scores"]["loss"]["value"] if "scores" in entry else entry["loss"]["value"] for entry in found)
+    a, b = (metrics["loss"]["value"] for metrics in found)
     assert b == pytest.approx(a, rel=1e-3)
 
 
@@ -135,8 +136,6 @@ def asked(rows, seed):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_recording_says_what_the_network_says(net, bf16):
     """To the bit, of new inputs each time, in two shapes, with labels and without, and after weights have changed."""
-    import copy
-
     graphed = recorded(copy.deepcopy(net))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         kept = []
