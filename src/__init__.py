@@ -1,1 +1,5 @@
 """A lab for image diffusion models; see README.md."""
+
+from src import lean
+
+lean.install()

@@ -27,7 +27,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         *("src.cli", "src.training.fit", "src.training.checkpoint", "src.training.samples", "src.models.unet"),
-        *("src.evaluation.sampling", "torch.distributed.run", "sklearn.datasets", "tests.faults"),
+        *("src.evaluation.sampling", "torch.distributed.run", "tests.faults"),
         *("hydra_plugins.hydra_joblib_launcher.joblib_launcher", "hydra_plugins.hydra_submitit_launcher.config"),
     ]
 )
