@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models import kernel
 from src.models.patches import is_channels_last
 from src.randomness import GOLDEN, scramble
 
@@ -27,14 +28,17 @@ class Dropout(nn.Dropout):
         """(B, ...) to (B, ...)."""
         if self.keys is None or not self.training or self.p == 0:
             return F.dropout(x, self.p, self.training)
+        dropped = round(self.p * LEVELS)
+        lowest, scale = dropped - LEVELS // 2, LEVELS / (LEVELS - dropped)
+        if kernel.can_drop(x):
+            return kernel.dropout(x, self.keys, lowest, scale)
         pairs = torch.arange((x[0].numel() + 1) // 2, device=x.device, dtype=torch.int32)
         bits = scramble(pairs * GOLDEN + self.keys[:, None]).view(torch.int16)  # (B, elements), two of each hash
-        dropped = round(self.p * LEVELS)
-        kept = bits[:, : x[0].numel()] >= dropped - LEVELS // 2
+        kept = bits[:, : x[0].numel()] >= lowest
         if x.ndim == 4 and is_channels_last(x):
             B, C, H, W = x.shape
             kept = kept.view(B, H, W, C).permute(0, 3, 1, 2)
-        return x * (kept.reshape(x.shape) * (LEVELS / (LEVELS - dropped))).to(x.dtype)
+        return x * (kept.reshape(x.shape) * scale).to(x.dtype)
 
 
 def give_keys(layers: list[Dropout], rows: Tensor) -> None:

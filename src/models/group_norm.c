@@ -2,29 +2,13 @@
 // its gradients. float or bfloat16 in and out, float inside. What comes of an image depends on that image alone, whatever
 // the batch and the number of threads.
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "half.h"
+
 #define EACH _Pragma("omp simd") for (long c = 0; c < C; c++)
 
 enum { PIXELS = 64 };  // are summed in float before they join a sum in double
-
-INLINE float load(const void *x, long i, int half) {
-    if (!half) return ((const float *)x)[i];
-    union { uint32_t bits; float value; } u = {(uint32_t)((const uint16_t *)x)[i] << 16};
-    return u.value;
-}
-
-INLINE void store(void *x, long i, float value, int half) {
-    if (!half) {
-        ((float *)x)[i] = value;
-        return;
-    }
-    union { float value; uint32_t bits; } u = {value};
-    uint32_t rounded = u.bits + 0x7fff + ((u.bits >> 16) & 1);  // to nearest, ties to even
-    ((uint16_t *)x)[i] = (uint16_t)((value == value ? rounded : u.bits | 0x400000) >> 16);
-}
 
 // 1 / (1 + e^-z). e^x = 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial, which is off by 2e-7 at most.
 INLINE float sigmoid(float z) {

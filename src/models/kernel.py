@@ -1,4 +1,4 @@
-"""The C of group_norm.c, compiled for this machine's CPU when it is first wanted and kept for later."""
+"""The C of group_norm.c and dropout.c, compiled for this machine's CPU when it is first wanted and kept for later."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from src.files import cache_folder, replacing
 from src.models.patches import is_channels_last
 
-SOURCE = Path(__file__).with_name("group_norm.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", "half.h")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
 SECONDS = 120  # that a compiler may take; it takes two
@@ -35,13 +35,15 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or platform.system() != "Linux":
         return None
     flags = (*FLAGS, *(WIDE if platform.machine() == "x86_64" else ()))
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags, _cpu())).encode()).hexdigest()[:16]
-    path = cache_folder("kernels") / f"group_norm-{key}.so"
+    text = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(text + " ".join((compiler, *flags, _cpu())).encode()).hexdigest()[:16]
+    path = cache_folder("kernels") / f"models-{key}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                command = [compiler, *flags, str(SOURCE), "-o", str(temporary), "-lm"]
+                sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+                command = [compiler, *flags, *sources, "-o", str(temporary), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         functions = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
@@ -49,19 +51,24 @@ def library() -> ctypes.CDLL | None:
     pointer, long, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
     functions.group_norm_forward.argtypes = [*[pointer] * 6, *[long] * 4, real, *[flag] * 3]
     functions.group_norm_backward.argtypes = [*[pointer] * 9, *[long] * 4, *[flag] * 3]
+    functions.dropout.argtypes = [*[pointer] * 3, *[long] * 2, flag, real, *[flag] * 2]
+    functions.dropout.restype = None
     return functions if _right(functions) else None
 
 
 def can_take(x: Tensor) -> bool:
-    """Whether `group_norm` takes (B, C, H, W): plain tensors on a CPU, channels-last, of a type that the C knows."""
-    return (
-        x.device.type == "cpu"
-        and type(x) is Tensor  # not one that only has a shape
-        and x.dtype in DTYPES
-        and is_channels_last(x)
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+    """Whether `group_norm` takes (B, C, H, W): what lies channels-last, and is what the C knows."""
+    return _known(x) and is_channels_last(x) and library() is not None
+
+
+def can_drop(x: Tensor) -> bool:
+    """Whether `dropout` takes (B, ...): what lies row by row, channels-last or not, and is what the C knows."""
+    return _known(x) and (x.is_contiguous() or (x.ndim == 4 and is_channels_last(x))) and library() is not None
+
+
+def _known(x: Tensor) -> bool:
+    """Plain tensors on a CPU, and not those that only have a shape."""
+    return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not torch.compiler.is_compiling()
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -94,9 +101,53 @@ class _GroupNorm(torch.autograd.Function):
         return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
+def dropout(x: Tensor, keys: Tensor, lowest: int, scale: float) -> Tensor:
+    """What `can_drop` takes, in its memory format; its gradient has none.
+
+    Args:
+        keys: (B,) int32, one a row.
+        lowest: the least 16 bits, as a signed number, of what is kept; see `src.models.dropout`.
+        scale: what is kept is multiplied by it, rounded to the type of x.
+    """
+    return _Dropout.apply(x, keys, lowest, scale)
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps the keys, and not the mask, which is as large as the images."""
+
+    @staticmethod
+    def forward(ctx, x, keys, lowest, scale):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(keys)
+        ctx.numbers, ctx.dtype, ctx.channels_last = (lowest, scale), x.dtype, not x.is_contiguous()
+        return _dropped(x, keys, lowest, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (keys,) = ctx.saved_tensors
+        memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        dy = dy.to(ctx.dtype).contiguous(memory_format=memory_format)
+        return _dropped(dy, keys, *ctx.numbers), None, None, None
+
+
+def _dropped(x: Tensor, keys: Tensor, lowest: int, scale: float) -> Tensor:
+    y = torch.empty_like(x)
+    scale = float(torch.tensor(scale).to(x.dtype))
+    tensors, sizes = (x, y, keys.contiguous()), (len(x), x[0].numel())
+    half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    _library().dropout(*(t.data_ptr() for t in tensors), *sizes, lowest, scale, half, threads)
+    return y
+
+
+def _library() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
+
+
 def _call(name: str, tensors: tuple[Tensor, ...], x: Tensor, numbers: tuple[float, ...], silu: bool) -> None:
     B, C, H, W = x.shape
-    function = getattr(library(), f"group_norm_{name}")
+    function = getattr(_library(), f"group_norm_{name}")
     flags = x.dtype == torch.bfloat16, silu, torch.get_num_threads()
     if function(*(t.data_ptr() for t in tensors), B, H * W, C, *numbers, *flags):
         raise MemoryError(f"no memory for the group norm of {tuple(x.shape)}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.models import kernel
 from src.models.dropout import Dropout, give_keys
 from src.models.unet import UNet
 
@@ -59,6 +60,43 @@ def test_the_gradient_is_masked_alike_and_types_stay():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7, 9, 3), (4, 8, 8, 8), (3, 33)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_one_is_the_same_to_the_bit(monkeypatch, shape, dtype, threads):
+    """Values, signs of what is dropped, gradients; in either memory format, of an odd number of elements too."""
+    if kernel.library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(shape).to(dtype)
+    dy = torch.randn(shape).to(dtype)
+    formats = [x, x.to(memory_format=torch.channels_last)] if len(shape) == 4 else [x]
+    for images in formats:
+        dropout, leaf = layer(0.13, torch.arange(shape[0], dtype=torch.int32)), images.clone().requires_grad_()
+        compiled = dropout(leaf)
+        (of_compiled,) = torch.autograd.grad(compiled, leaf, dy)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "can_drop", lambda x: False)
+            plain = dropout(leaf)
+            (of_plain,) = torch.autograd.grad(plain, leaf, dy)
+        assert type(compiled.grad_fn) is not type(plain.grad_fn)
+        assert torch.equal(compiled, plain)
+        assert torch.equal(compiled.signbit(), plain.signbit())
+        assert torch.equal(of_compiled, of_plain)
+        assert compiled.stride() == plain.stride() == leaf.stride()
+
+
+def test_the_compiled_one_keeps_no_mask():
+    """A mask takes as much memory as the images."""
+    if kernel.library() is None:
+        pytest.skip("no C compiler")
+    saved = []
+    x = torch.randn(4, 8, 8, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        layer(0.5, torch.arange(4, dtype=torch.int32))(x)
+    assert saved == [4]
 
 
 def test_a_compiled_network_follows_new_keys():
