@@ -22,6 +22,7 @@ from src.evaluation.weights import text_digest
 from src.files import replacing
 from src.files import shown as shown_path
 from src.launch import rank
+from src.memory import keep_freed
 from src.models.norm import faster_channels_last
 from src.pictures import enlarge, grid, save_gif, save_png, to_uint8
 from src.processes import ALONE, Group
@@ -275,6 +276,8 @@ def _guide(
 
 def placed(net: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, in the memory format that is faster there; on a GPU its kernels are recorded."""
+    if device.type == "cpu":
+        keep_freed()
     options: Any = {"memory_format": torch.channels_last} if faster_channels_last(device) else {}
     net = net.to(device, **options)
     return recorded(net) if device.type == "cuda" else net

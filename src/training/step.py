@@ -147,13 +147,18 @@ class TrainingModule(LightningModule):
             self.grad_norm = self.masters.norm()
         else:
             self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.gradient_clip_norm is not None:
+        if self.gradient_clip_norm is not None and not self._within(self.gradient_clip_norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, self.grad_norm)
         loss: Any = torch.stack([part[0, 0] for part in self.seen]).mean()
         bad = self.guard.inspect(mean(loss), self.grad_norm)
         self.guard.leave_out(optimizer, parameters, bad)
         _, losses, u = torch.cat(self.seen, dim=1)
         self.learn(losses, u, bad)
+
+    def _within(self, norm: float) -> bool:
+        """Whether clipping would multiply the gradient by one; nobody waits for a device to know."""
+        assert self.grad_norm is not None
+        return self.grad_norm.device.type == "cpu" and bool(self.grad_norm + 1e-6 <= norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

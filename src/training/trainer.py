@@ -20,6 +20,7 @@ from torch import nn
 
 from src.errors import UserError
 from src.launch import launched, meeting_point
+from src.memory import keep_freed
 from src.models.norm import faster_channels_last
 from src.training.compiling import worth_compiling
 from src.training.masters import MasterWeights
@@ -211,6 +212,8 @@ class TrainerSettings:
     def make(self, run_dir: Path, writer: CheckpointWriter, callbacks: list[Callback]) -> Trainer:
         """The Trainer: an endless epoch of max_steps, validated every so many steps and at the end."""
         quiet_lightning()
+        if self.device_type == "cpu":
+            keep_freed()
         torch.set_float32_matmul_precision("high" if self.chosen_precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = self.chosen_precision != "32-true"  # torch's default lets convolutions round
         processes = self.num_devices * self.num_nodes
