@@ -30,7 +30,7 @@ class Dropout(nn.Dropout):
             return F.dropout(x, self.p, self.training)
         dropped = round(self.p * LEVELS)
         lowest, scale = dropped - LEVELS // 2, LEVELS / (LEVELS - dropped)
-        if kernel.can_drop(x):
+        if kernel.can_drop(x, self.keys):
             return kernel.dropout(x, self.keys, lowest, scale)
         pairs = torch.arange((x[0].numel() + 1) // 2, device=x.device, dtype=torch.int32)
         bits = scramble(pairs * GOLDEN + self.keys[:, None]).view(torch.int16)  # (B, elements), two of each hash

@@ -52,6 +52,14 @@ def test_digits_are_scikit_learns_in_its_17_levels():
     assert torch.bincount(data.labels).tolist() == np.bincount(load_digits().target).tolist()
 
 
+def test_digits_that_scikit_learn_keeps_elsewhere_are_the_same(monkeypatch):
+    expected, _ = Digits().load(None)
+    monkeypatch.setattr("src.data.sources.digits.find_spec", lambda name: None)
+    data, _ = Digits().load(None)
+    assert torch.equal(data.images, expected.images)
+    assert torch.equal(data.labels, expected.labels)
+
+
 def test_a_zip_of_edms_tool_is_read_pixel_by_pixel(tmp_path, images):
     write_zip(tmp_path / "cifar10-32x32.zip", images, [i % 10 for i in range(30)])
     write_zip(tmp_path / "cifar10-32x32-test.zip", images[:5], [0] * 5)

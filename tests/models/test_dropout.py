@@ -78,7 +78,7 @@ def test_the_compiled_one_is_the_same_to_the_bit(monkeypatch, shape, dtype, thre
         compiled = dropout(leaf)
         (of_compiled,) = torch.autograd.grad(compiled, leaf, dy)
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "can_drop", lambda x: False)
+            patch.setattr(kernel, "can_drop", lambda *_: False)
             plain = dropout(leaf)
             (of_plain,) = torch.autograd.grad(plain, leaf, dy)
         assert type(compiled.grad_fn) is not type(plain.grad_fn)
@@ -86,6 +86,22 @@ def test_the_compiled_one_is_the_same_to_the_bit(monkeypatch, shape, dtype, thre
         assert torch.equal(compiled.signbit(), plain.signbit())
         assert torch.equal(of_compiled, of_plain)
         assert compiled.stride() == plain.stride() == leaf.stride()
+
+
+def test_keys_of_other_rows_are_refused():
+    """Catches C that reads beyond them."""
+    for rows in (1, 3, 5):
+        with pytest.raises(RuntimeError):
+            layer(0.5, torch.arange(rows + 1, dtype=torch.int32))(torch.ones(rows + 3, 8))
+
+
+def test_the_gradient_has_a_gradient():
+    x = torch.randn(3, 8, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(3, 8, requires_grad=True)
+    y = layer(0.5, torch.arange(3, dtype=torch.int32))(x)
+    (dx,) = torch.autograd.grad(y, x, weight, create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum(), weight)
+    assert torch.equal(second, (y != 0) * 2.0)
 
 
 def test_the_compiled_one_keeps_no_mask():
