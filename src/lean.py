@@ -71,7 +71,7 @@ class _Loader(SourceFileLoader):
             self.completing = True
             try:
                 super().exec_module(module)
-                module.__class__ = ModuleType
+                module.__class__ = ModuleType  # type: ignore[assignment]
             finally:
                 self.completing = False
 
