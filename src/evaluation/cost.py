@@ -18,7 +18,7 @@ class Cost(NamedTuple):
         parameters: numbers that are trained.
         flops_per_image: operations of a forward pass, a multiply-add counted as two.
         activation_bytes: what a training step's forward pass keeps for its backward pass, in float32 and without the
-            weights, at a batch size.
+            weights, at a batch size; by torch's operations, which keep more than what `src.models.kernel` compiles.
     """
 
     parameters: int
