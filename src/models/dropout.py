@@ -28,7 +28,7 @@ class Dropout(nn.Dropout):
         """(B, ...) to (B, ...)."""
         if self.keys is None or not self.training or self.p == 0:
             return F.dropout(x, self.p, self.training)
-        dropped = round(self.p * LEVELS)
+        dropped = min(round(self.p * LEVELS), LEVELS - 1)  # of p next to 1
         lowest, scale = dropped - LEVELS // 2, LEVELS / (LEVELS - dropped)
         if kernel.can_drop(x, self.keys):
             return kernel.dropout(x, self.keys, lowest, scale)

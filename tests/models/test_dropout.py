@@ -88,6 +88,12 @@ def test_the_compiled_one_is_the_same_to_the_bit(monkeypatch, shape, dtype, thre
         assert compiled.stride() == plain.stride() == leaf.stride()
 
 
+def test_a_rate_next_to_one_keeps_hardly_any():
+    y = layer(0.9999999, torch.arange(4, dtype=torch.int32))(torch.ones(4, 1000))
+    assert set(y.unique().tolist()) <= {0.0, 2.0**16}
+    assert (y != 0).sum() < 5
+
+
 def test_keys_of_other_rows_are_refused():
     """Catches C that reads beyond them."""
     for rows in (1, 3, 5):
