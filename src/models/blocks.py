@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.attention import Attention
+from src.models.convolution import Conv3x3
 from src.models.dropout import Dropout
 from src.models.norm import GroupNorm
 
@@ -44,11 +45,11 @@ class ResidualBlock(nn.Module):
         self.skip_scale = skip_scale
         self.resample = resample
         self.norm1 = norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time = nn.Linear(time_dim, out_channels * (1 + scale_shift))
         self.norm2 = norm(out_channels)
         self.dropout = Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         plain = in_channels == out_channels and not (resample and project)
         self.shortcut = nn.Identity() if plain else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -93,7 +94,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,4 +1,4 @@
-"""The C of group_norm.c and dropout.c, compiled for this machine's CPU when it is first wanted and kept for later."""
+"""The C of this folder, compiled for this machine's CPU when it is first wanted and kept for later."""
 
 import ctypes
 import hashlib
@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 from src.files import cache_folder, replacing
 from src.models.patches import is_channels_last
 
-SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", "half.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", "convolution.c", "half.h")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
-SECONDS = 120  # that a compiler may take; it takes two
+SECONDS = 120  # that a compiler may take; it takes four
 KEPT = [int(bit) for bit in "01101110011010000100010111000001"]  # of the key 1, at p = 1/2
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -54,22 +54,45 @@ def library() -> ctypes.CDLL | None:
     functions.group_norm_backward.argtypes = [*[pointer] * 9, *[long] * 4, *[flag] * 3]
     functions.dropout.argtypes = [*[pointer] * 3, *[long] * 2, flag, real, *[flag] * 2]
     functions.dropout.restype = None
+    if functions.winograd_known():
+        for filters in (functions.winograd_filters, functions.winograd_turned_filters):
+            filters.argtypes, filters.restype = [*[pointer] * 2, *[long] * 2, flag], None
+        functions.winograd.argtypes = functions.winograd_gradient.argtypes = [*[pointer] * 4, *[long] * 5, flag]
     return functions if _right(functions) else None
+
+
+def run(name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+    """Calls a function of the library with where the tensors lie, with the numbers and with torch's threads.
+
+    Raises:
+        MemoryError: there was none for what lies between.
+    """
+    functions = library()
+    assert functions is not None
+    pointers = [None if v is None else v.data_ptr() for v in tensors]
+    if getattr(functions, name)(*pointers, *numbers, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the {name} of {tuple(tensors[0].shape)}")  # type: ignore[union-attr]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether convolution.c knows how this CPU multiplies bfloat16 and adds up in float."""
+    functions = library()
+    return functions is not None and bool(functions.winograd_known())
 
 
 def can_take(x: Tensor) -> bool:
     """Whether `group_norm` takes (B, C, H, W): what lies channels-last, and is what the C knows."""
-    return _known(x) and is_channels_last(x) and library() is not None
+    return known(x) and is_channels_last(x) and library() is not None
 
 
 def can_drop(x: Tensor, keys: Tensor) -> bool:
     """Whether `dropout` takes (B, ...): what lies row by row, channels-last or not, and is what the C knows."""
     dense = x.is_contiguous() or (x.ndim == 4 and is_channels_last(x))
     keyed = keys.device == x.device and keys.dtype == torch.int32 and keys.shape == x.shape[:1]
-    return _known(x) and dense and keyed and library() is not None
+    return known(x) and dense and keyed and library() is not None
 
 
-def _known(x: Tensor) -> bool:
+def known(x: Tensor) -> bool:
     """Plain tensors on a CPU, and not those that only have a shape."""
     return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not torch.compiler.is_compiling()
 
@@ -87,7 +110,7 @@ class _GroupNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         stats = x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
         w, b = _plain(weight), _plain(bias)
-        _call("forward", (x, y, w, b, *stats), x, (groups, eps), silu)
+        run("group_norm_forward", (x, y, w, b, *stats), *_sizes(x), groups, eps, *_flags(x, silu))
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.groups, ctx.silu = groups, silu
         return y
@@ -99,7 +122,8 @@ class _GroupNorm(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
         sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
-        _call("backward", (x, dy, dx, _plain(weight), _plain(bias), *stats, *sums), x, (ctx.groups,), ctx.silu)
+        tensors = (x, dy, dx, _plain(weight), _plain(bias), *stats, *sums)
+        run("group_norm_backward", tensors, *_sizes(x), ctx.groups, *_flags(x, ctx.silu))
         dweight, dbias = sums.sum(1)
         return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
@@ -135,24 +159,17 @@ class _Dropout(torch.autograd.Function):
 def _dropped(x: Tensor, keys: Tensor, lowest: int, scale: float) -> Tensor:
     y = torch.empty_like(x)
     scale = float(torch.tensor(scale).to(x.dtype))
-    tensors, sizes = (x, y, keys.contiguous()), (len(x), x[0].numel())
-    half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    _library().dropout(*(t.data_ptr() for t in tensors), *sizes, lowest, scale, half, threads)
+    run("dropout", (x, y, keys.contiguous()), len(x), x[0].numel(), lowest, scale, x.dtype == torch.bfloat16)
     return y
 
 
-def _library() -> ctypes.CDLL:
-    functions = library()
-    assert functions is not None
-    return functions
-
-
-def _call(name: str, tensors: tuple[Tensor, ...], x: Tensor, numbers: tuple[float, ...], silu: bool) -> None:
+def _sizes(x: Tensor) -> tuple[int, int, int]:
     B, C, H, W = x.shape
-    function = getattr(_library(), f"group_norm_{name}")
-    flags = x.dtype == torch.bfloat16, silu, torch.get_num_threads()
-    if function(*(t.data_ptr() for t in tensors), B, H * W, C, *numbers, *flags):
-        raise MemoryError(f"no memory for the group norm of {tuple(x.shape)}")
+    return B, H * W, C
+
+
+def _flags(x: Tensor, silu: bool) -> tuple[bool, bool]:
+    return x.dtype == torch.bfloat16, silu
 
 
 def _plain(v: Tensor) -> Tensor:
@@ -169,12 +186,25 @@ def _cpu() -> str:
 
 
 def _right(functions: ctypes.CDLL) -> bool:
-    """Whether what the compiler made normalises a small image, and drops of 32 elements those that are known."""
+    """Whether what the compiler made normalises a small image, drops what is known, and convolves as torch does."""
     x = torch.arange(24, dtype=torch.float32)
-    y, ones, zeros, stats = torch.empty(24), torch.ones(4), torch.zeros(4), torch.empty(2, 2)
+    y, ones, zeros, stats = torch.full((24,), torch.nan), torch.ones(4), torch.zeros(4), torch.empty(2, 2)
     tensors = (x, y, ones, zeros, *stats)
     functions.group_norm_forward(*(t.data_ptr() for t in tensors), 1, 6, 4, 2, 1e-6, 0, 0, 1)
     known = torch.nn.functional.group_norm(x.view(1, 6, 4).transpose(1, 2), 2, eps=1e-6).transpose(1, 2).flatten()
-    ones, kept, key = torch.ones(32), torch.empty(32), torch.ones(1, dtype=torch.int32)
+    ones, kept, key = torch.ones(32), torch.zeros(32), torch.ones(1, dtype=torch.int32)
     functions.dropout(*(t.data_ptr() for t in (ones, kept, key)), 1, 32, 0, 2.0, 0, 1)
-    return bool(torch.allclose(y, known, rtol=1e-5, atol=1e-5)) and kept.tolist() == [2.0 * bit for bit in KEPT]
+    normalises = torch.allclose(y, known, rtol=1e-5, atol=1e-5)
+    drops = kept.tolist() == [2.0 * bit for bit in KEPT]
+    return normalises and drops and (not functions.winograd_known() or _convolves(functions))
+
+
+def _convolves(functions: ctypes.CDLL) -> bool:
+    """Of small whole numbers, whose sums bfloat16 holds exactly."""
+    x = (torch.arange(3 * 4 * 32) % 5 - 2).bfloat16().view(1, 3, 4, 32)
+    w = (torch.arange(32 * 9 * 32) % 7 % 3 - 1).float().view(32, 3, 3, 32)
+    filters, y = x.new_empty(16 * 32 * 32), torch.full_like(x, torch.nan)
+    functions.winograd_filters(w.data_ptr(), filters.data_ptr(), 32, 32, 1)
+    functions.winograd(x.data_ptr(), filters.data_ptr(), None, y.data_ptr(), 1, 3, 4, 32, 32, 1)
+    known = torch.nn.functional.conv2d(x.float().permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), padding=1)
+    return torch.equal(y, known.permute(0, 2, 3, 1).bfloat16())

@@ -7,6 +7,7 @@ It is here to be read, and to be broken: `skip_connections=False` feeds zeros in
 import torch
 from torch import Tensor, nn
 
+from src.models.convolution import Conv3x3
 from src.models.embeddings import LabelEmbedding, SinusoidalEmbedding, check_divisible
 from src.models.norm import group_norm
 from src.shapes import as_pair
@@ -17,10 +18,10 @@ class Block(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_emb_dim: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm1 = group_norm(out_channels, 8, eps=1e-5)
         self.time = nn.Linear(time_emb_dim, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.norm2 = group_norm(out_channels, 8, eps=1e-5)
         self.act = nn.SiLU()
 

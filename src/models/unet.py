@@ -187,7 +187,7 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        last = [m.conv2 for m in self.modules() if isinstance(m, ResidualBlock)]
+        last: list[nn.Conv2d] = [m.conv2 for m in self.modules() if isinstance(m, ResidualBlock)]
         last += [m.proj for m in self.modules() if isinstance(m, Attention)]
         for conv in [*last, self.conv_out]:
             nn.init.zeros_(conv.weight)
