@@ -26,6 +26,7 @@ enum {
     ROWS = 14,   // of a product that registers hold, by
     COLS = 32,   // columns
     TILES = 56,  // of one block of a forward pass: V and M stay in the cache
+    APART = 32,  // numbers between places, which a cache would put one over the other
     DEPTH = 64,  // pairs of tiles of one block of a filter's gradient
 };
 
@@ -234,7 +235,8 @@ int winograd(const uint16_t *x, const uint32_t *U, const float *bias, uint16_t *
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        uint16_t *V = floats(16 * T * I / 2), *zeros = floats(I / 2);  // (16, T, I)
+        long place = T * I + APART;
+        uint16_t *V = floats(16 * place / 2), *zeros = floats(I / 2);  // (16, T, I)
         float *M = floats(16 * T * COLS);                              // (16, T, COLS)
         int lacks = !V || !zeros || !M;
         if (lacks) {
@@ -250,12 +252,12 @@ int winograd(const uint16_t *x, const uint32_t *U, const float *bias, uint16_t *
                 for (long c = 0; c < I; c += 16) {
                     vec v[4][4];
                     input_transform(at, c, v);
-                    for (int p = 0; p < 16; p++) store16(V + (p * T + t) * I + c, v[p / 4][p % 4]);
+                    for (int p = 0; p < 16; p++) store16(V + p * place + t * I + c, v[p / 4][p % 4]);
                 }
             }
             for (long o = 0; o < O && !lacks; o += COLS) {
                 for (int p = 0; p < 16; p++) {
-                    Left v = {(uint32_t *)(V + p * T * I), I / 2, 1};
+                    Left v = {(uint32_t *)(V + p * place), I / 2, 1};
                     product(tiles, v, U + (p * O + o) * (I / 2), COLS, I / 2, M + p * T * COLS, COLS, 0);
                 }
                 for (long t = 0; t < tiles; t++) {
@@ -285,7 +287,8 @@ int winograd_gradient(const uint16_t *x, const uint16_t *dy, float *dw, float *d
                       long O, int threads) {
     Grid g = grid_of(N, H, W);
     long pairs = (g.tiles + 1) / 2, K = pairs < DEPTH ? pairs : DEPTH;
-    uint32_t *V = floats(16 * K * I), *D = floats(16 * K * O);  // (16, K, I) and (16, K, O) pairs
+    long V_place = K * I + APART, D_place = K * O + APART;
+    uint32_t *V = floats(16 * V_place), *D = floats(16 * D_place);  // pairs (16, I / COLS, K, COLS) and (16, K, O)
     float *dU = floats(16 * O * I), *sums = floats(K * O);      // (16, O, I) and (K, O)
     uint16_t *zeros = floats(I + O);
     int failed = !V || !D || !dU || !sums || !zeros;
@@ -307,21 +310,21 @@ int winograd_gradient(const uint16_t *x, const uint16_t *dy, float *dw, float *d
                     input_transform(x_at[0], c, even);
                     input_transform(x_at[1], c, odd);
                     for (int p = 0; p < 16; p++)
-                        store_pairs(V + (p * K + k) * I + c, even[p / 4][p % 4], odd[p / 4][p % 4]);
+                        store_pairs(V + p * V_place + (c / COLS * K + k) * COLS + c % COLS, even[p / 4][p % 4], odd[p / 4][p % 4]);
                 }
                 for (long c = 0; c < O; c += 16) {
                     output_adjoint(dy_at[0], c, even);
                     output_adjoint(dy_at[1], c, odd);
                     for (int p = 0; p < 16; p++)
-                        store_pairs(D + (p * K + k) * O + c, even[p / 4][p % 4], odd[p / 4][p % 4]);
+                        store_pairs(D + p * D_place + k * O + c, even[p / 4][p % 4], odd[p / 4][p % 4]);
                     _mm512_storeu_ps(sums + k * O + c, even[1][1] + odd[1][1]);  // of 2x2 pixels
                 }
             }
 #pragma omp for collapse(2) schedule(static) nowait
             for (int p = 0; p < 16; p++)
                 for (long i = 0; i < I; i += COLS) {
-                    Left d = {D + p * K * O, 1, O};
-                    product(O, d, V + p * K * I + i, I, depth, dU + p * O * I + i, I, first > 0);
+                    Left d = {D + p * D_place, 1, O};
+                    product(O, d, V + p * V_place + i * K, COLS, depth, dU + p * O * I + i, I, first > 0);
                 }
 #pragma omp for schedule(static)
             for (long o = 0; o < O; o += 16) {
