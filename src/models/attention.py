@@ -5,9 +5,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from src.models import kernel
+
 FEW = 128  # positions: below, on a CPU in bfloat16, the gradient of torch's fused kernel costs more than it saves
+STEP = 32  # channels of a head that the C takes at a time
 
 
 class Attention(nn.Module):
@@ -35,16 +39,45 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, H W, C / heads)
-        out = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
-        x = x + self.proj(out.permute(0, 3, 1, 2))
+        x = x + self.proj(attend(qkv).reshape(B, H, W, C).permute(0, 3, 1, 2))
         return x if self.skip_scale == 1 else x * self.skip_scale
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k / sqrt(d)) v, (B, heads, positions, d) all, by the faster of torch's ways."""
+def attend(qkv: Tensor) -> Tensor:
+    """softmax(q k / sqrt(d)) v of (B, positions, 3, heads, d), as (B, positions, heads, d), by the fastest way."""
+    if _fast(qkv):
+        return _Attention.apply(qkv)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     small = q.shape[-2] < FEW and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if small and q.requires_grad and not torch.compiler.is_compiling():
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _fast(qkv: Tensor) -> bool:
+    """Whether attention.c takes it."""
+    half = kernel.known(qkv) and qkv.dtype == torch.bfloat16
+    return half and qkv.is_contiguous() and qkv.shape[-1] % STEP == 0 and kernel.multiplies_bfloat16()
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps its input and a number for each query."""
+
+    @staticmethod
+    def forward(ctx, qkv):  # type: ignore[no-untyped-def]
+        B, N, _, heads, d = qkv.shape
+        out = qkv.new_empty((B, N, heads, d))
+        logs = qkv.new_empty((B, heads, N), dtype=torch.float32)
+        kernel.run("attention", (qkv, out, logs), B, N, heads, d)
+        ctx.save_for_backward(qkv, logs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        qkv, logs = ctx.saved_tensors
+        B, N, _, heads, d = qkv.shape
+        dqkv = torch.empty_like(qkv)
+        kernel.run("attention_gradient", (qkv, logs, dout.bfloat16().contiguous(), dqkv), B, N, heads, d)
+        return dqkv

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.models import kernel
 from src.models.patches import is_channels_last
@@ -35,7 +34,7 @@ class Conv3x3(nn.Conv2d):
             half = torch.get_autocast_dtype("cpu") == torch.bfloat16
         else:
             half = x.dtype == self.weight.dtype == torch.bfloat16
-        plain = type(self.weight) in (nn.Parameter, Tensor) and not is_in_torch_dispatch_mode()
+        plain = type(self.weight) in (nn.Parameter, Tensor)
         return half and plain and is_channels_last(x) and kernel.multiplies_bfloat16()
 
 

@@ -51,8 +51,7 @@ class Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(attend(qkv).reshape(B, N, D))
 
 
 class DiT(nn.Module):

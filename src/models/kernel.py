@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.files import cache_folder, replacing
 from src.models.patches import is_channels_last
 
-SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", "convolution.c", "half.h")]
+PRODUCTS = ("convolution.c", "attention.c", "products.h")  # of bfloat16, for CPUs that have them
+SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", *PRODUCTS, "half.h")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
 SECONDS = 120  # that a compiler may take; it takes four
@@ -54,10 +57,12 @@ def library() -> ctypes.CDLL | None:
     functions.group_norm_backward.argtypes = [*[pointer] * 9, *[long] * 4, *[flag] * 3]
     functions.dropout.argtypes = [*[pointer] * 3, *[long] * 2, flag, real, *[flag] * 2]
     functions.dropout.restype = None
-    if functions.winograd_known():
+    if functions.products_known():
         for filters in (functions.winograd_filters, functions.winograd_turned_filters):
             filters.argtypes, filters.restype = [*[pointer] * 2, *[long] * 2, flag], None
         functions.winograd.argtypes = functions.winograd_gradient.argtypes = [*[pointer] * 4, *[long] * 5, flag]
+        functions.attention.argtypes = [*[pointer] * 3, *[long] * 4, flag]
+        functions.attention_gradient.argtypes = [*[pointer] * 4, *[long] * 4, flag]
     return functions if _right(functions) else None
 
 
@@ -75,9 +80,9 @@ def run(name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether convolution.c knows how this CPU multiplies bfloat16 and adds up in float."""
+    """Whether products.h knows how this CPU multiplies bfloat16 and adds up in float."""
     functions = library()
-    return functions is not None and bool(functions.winograd_known())
+    return functions is not None and bool(functions.products_known())
 
 
 def can_take(x: Tensor) -> bool:
@@ -93,8 +98,9 @@ def can_drop(x: Tensor, keys: Tensor) -> bool:
 
 
 def known(x: Tensor) -> bool:
-    """Plain tensors on a CPU, and not those that only have a shape."""
-    return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not torch.compiler.is_compiling()
+    """Plain tensors on a CPU, not those that only have a shape, and nobody who looks for torch's operations."""
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not watched
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -196,7 +202,7 @@ def _right(functions: ctypes.CDLL) -> bool:
     functions.dropout(*(t.data_ptr() for t in (ones, kept, key)), 1, 32, 0, 2.0, 0, 1)
     normalises = torch.allclose(y, known, rtol=1e-5, atol=1e-5)
     drops = kept.tolist() == [2.0 * bit for bit in KEPT]
-    return normalises and drops and (not functions.winograd_known() or _convolves(functions))
+    return normalises and drops and (not functions.products_known() or (_convolves(functions) and _attends(functions)))
 
 
 def _convolves(functions: ctypes.CDLL) -> bool:
@@ -208,3 +214,13 @@ def _convolves(functions: ctypes.CDLL) -> bool:
     functions.winograd(x.data_ptr(), filters.data_ptr(), None, y.data_ptr(), 1, 3, 4, 32, 32, 1)
     known = torch.nn.functional.conv2d(x.float().permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), padding=1)
     return torch.equal(y, known.permute(0, 2, 3, 1).bfloat16())
+
+
+def _attends(functions: ctypes.CDLL) -> bool:
+    """To equal keys equally: to the mean of the values 0, 1, 2."""
+    qkv = torch.ones(3, 3, 32, dtype=torch.bfloat16)  # (N, 3, d)
+    qkv[:, 2] = torch.arange(3)[:, None]
+    out, logs = torch.full((3, 32), torch.nan, dtype=torch.bfloat16), torch.full((3,), torch.nan)
+    functions.attention(*(v.data_ptr() for v in (qkv, out, logs)), 1, 3, 1, 32, 1)
+    known = torch.full((3,), math.sqrt(32) + math.log(3))
+    return bool((out == 1).all()) and torch.allclose(logs, known, rtol=1e-5, atol=0)
