@@ -18,7 +18,7 @@ from benchmarks.turns import ON_GPU
 from src.files import replacing
 
 NAMES = (
-    *("training", "step_profile", "sampling", "sampler_step", "loop_tax"),
+    *("training", "step_profile", "operations", "sampling", "sampler_step", "loop_tax"),
     *("data_path", "prepare", "shards", "mapped", "startup"),
 )
 NAMES_ON_GPU = ("training", "sampling")

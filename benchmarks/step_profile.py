@@ -17,9 +17,9 @@ from benchmarks.timing import Table, arguments, write_report
 from src.runs import build_net
 
 KINDS = {  # the first that an operation's name holds
-    "convolutions": ("convolution",),
+    "convolutions": ("convolution", "Winograd"),
     "group norm and SiLU": ("group_norm", "GroupNorm", "silu"),
-    "attention": ("attention", "bmm", "softmax"),
+    "attention": ("attention", "Attention", "bmm", "softmax"),
     "copies and casts": ("copy_", "_to_copy", "contiguous", "clone"),
     "sums and skips": ("aten::add", "aten::cat", "aten::mul", "aten::sum", "aten::fill_", "aten::zero_"),
 }

@@ -27,7 +27,7 @@ int products_known(void) {
 enum {
     TILES = 56,  // of one block of a forward pass: V and M stay in the cache
     APART = 32,  // numbers between places, which a cache would put one over the other
-    DEPTH = 64,  // pairs of tiles of one block of a filter's gradient
+    DEPTH = 256, // pairs of tiles of one block of a filter's gradient: threads wait for each other twice a block
 };
 
 // ---- Tiles ----
