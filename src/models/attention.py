@@ -58,7 +58,9 @@ def attend(qkv: Tensor) -> Tensor:
 def _fast(qkv: Tensor) -> bool:
     """Whether attention.c takes it."""
     half = kernel.known(qkv) and qkv.dtype == torch.bfloat16
-    return half and qkv.is_contiguous() and qkv.shape[-1] % STEP == 0 and kernel.multiplies_bfloat16()
+    return (
+        half and qkv.numel() > 0 and qkv.is_contiguous() and qkv.shape[-1] % STEP == 0 and kernel.multiplies_bfloat16()
+    )
 
 
 class _Attention(torch.autograd.Function):

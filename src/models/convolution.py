@@ -28,13 +28,16 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
     def _fast(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or not kernel.known(x) or self.in_channels % STEP or self.out_channels % STEP:
+        """Whether convolution.c takes it; what torch would refuse is left to torch."""
+        if not kernel.known(x) or self.in_channels % STEP or self.out_channels % STEP:
+            return False
+        if not x.numel() or x.ndim != 4 or x.shape[1] != self.in_channels or self.weight.device != x.device:
             return False
         if torch.is_autocast_enabled("cpu"):
             half = torch.get_autocast_dtype("cpu") == torch.bfloat16
         else:
             half = x.dtype == self.weight.dtype == torch.bfloat16
-        plain = type(self.weight) in (nn.Parameter, Tensor)
+        plain = type(self.weight) in (nn.Parameter, Tensor) and self.bias is not None
         return half and plain and is_channels_last(x) and kernel.multiplies_bfloat16()
 
 

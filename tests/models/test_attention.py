@@ -160,6 +160,7 @@ def test_all_else_is_torchs():
     assert not attention._fast(qkv.float())
     assert not attention._fast(qkv.to("meta"))
     assert not attention._fast(qkv[:, ::2])
+    assert attend(qkv[:0]).shape == (0, 40, 2, 32)
     assert not attention._fast(qkv[..., :24].contiguous())
     expected = by_torch(qkv, dout, SDPBackend.MATH, torch.float32)
     torch.testing.assert_close(attend(qkv.float()), expected[0], rtol=1e-5, atol=1e-6)

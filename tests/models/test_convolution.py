@@ -192,6 +192,17 @@ def test_all_else_is_torchs():
         assert not conv._fast(x)
 
 
+def test_what_torch_refuses_is_refused_by_torch():
+    conv, x, _ = layer_and_images(2, 32, 64, 6, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x[:0]).shape == (0, 64, 6, 6)
+        with pytest.raises(RuntimeError, match="channels"):
+            conv(torch.zeros(2, 64, 6, 6).to(memory_format=CHANNELS_LAST))
+        assert conv(x[0]).shape == (64, 6, 6)
+        conv.bias = None
+        assert conv(x).shape == (2, 64, 6, 6)
+
+
 def test_operations_are_counted():
     net = Conv3x3(32, 64).bfloat16().to(memory_format=CHANNELS_LAST)
     net.classifies = True  # takes no times
