@@ -1,5 +1,6 @@
 // softmax(q k^T / sqrt(d)) v in bfloat16, a block of queries at a time, so that no matrix of all queries and keys is kept:
-// the backward pass computes it anew from the logarithms of its sums (Dao et al. 2022, "FlashAttention", Sec. 3.1).
+// the backward pass computes it anew (Dao et al. 2022, "FlashAttention", Sec. 3.1), from the greatest logit and the sum of
+// each query, kept apart: the logarithm of sums that is usual would lose the digits behind those of the logits.
 // Logits, softmax and all sums are float; the softmax and its gradient are rounded once, to be multiplied.
 #include <math.h>
 
@@ -60,19 +61,19 @@ INLINE float greatest(const float *S, Head h) {
     return _mm512_reduce_max_ps(most);
 }
 
-// exp(scale S - shift) of a row, zero beyond N, and its sum
-INLINE float softmax_row(float *S, Head h, float shift) {
+// exp(scale (S - most)) times a number, zero beyond N, of a row; and its sum
+INLINE float softmax_row(float *S, Head h, float most, float times) {
     vec sum = _mm512_setzero_ps();
-    const vec scale = _mm512_set1_ps(h.scale), less = _mm512_set1_ps(shift);
+    const vec scale = _mm512_set1_ps(h.scale), less = _mm512_set1_ps(most), by = _mm512_set1_ps(times);
     for (long m = 0; m < h.padded; m += 16) {
-        vec e = _mm512_maskz_mov_ps(inside(h, m), exponential(_mm512_fmsub_ps(scale, _mm512_loadu_ps(S + m), less)));
+        vec e = _mm512_maskz_mov_ps(inside(h, m), by * exponential(scale * (_mm512_loadu_ps(S + m) - less)));
         _mm512_storeu_ps(S + m, e);
         sum += e;
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-static void forward(Head h, const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *o, float *L,
+static void forward(Head h, const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *o, float *stats,
                     uint32_t *scratch) {
     uint32_t *K = scratch, *V = K + h.padded * h.d / 2;
     float *S = (float *)(V + h.padded * h.d / 2), *O = S + QUERIES * h.padded;
@@ -85,9 +86,9 @@ static void forward(Head h, const uint16_t *q, const uint16_t *k, const uint16_t
         for (long m = 0; m < h.padded; m += COLS)
             product(rows, rows_of(q + first * h.row, h.row), K + m * h.d / 2, h.d / 2, S + m, h.padded, 0);
         for (long n = 0; n < rows; n++) {
-            float *s = S + n * h.padded, shift = h.scale * greatest(s, h), sum = softmax_row(s, h, shift);
-            one_over[n] = 1 / sum;
-            L[first + n] = shift + logf(sum);
+            float *s = S + n * h.padded, *of = stats + 2 * (first + n);
+            of[0] = greatest(s, h);
+            of[1] = one_over[n] = 1 / softmax_row(s, h, of[0], 1);
             for (long m = 0; m < h.padded; m += 16) store16(P + n * h.padded + m, _mm512_loadu_ps(s + m));
         }
         for (long c = 0; c < h.d; c += COLS) {
@@ -99,7 +100,7 @@ static void forward(Head h, const uint16_t *q, const uint16_t *k, const uint16_t
 
 // dq, dk, dv lie as q, k, v do.
 static void backward(Head h, const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint16_t *d_o,
-                     const float *L, uint16_t *dq, uint16_t *dk, uint16_t *dv, uint32_t *scratch) {
+                     const float *stats, uint16_t *dq, uint16_t *dk, uint16_t *dv, uint32_t *scratch) {
     long image = h.padded * h.d / 2, block = QUERIES * h.padded;
     uint32_t *K = scratch, *V = K + image, *Ka = V + image, *Qa = Ka + image, *dOa = Qa + image;
     uint32_t *Pa = dOa + image, *dSa = Pa + block / 2;  // (QUERIES / 2, padded) pairs of queries
@@ -120,7 +121,7 @@ static void backward(Head h, const uint16_t *q, const uint16_t *k, const uint16_
                 memset(s, 0, h.padded * sizeof *s), memset(dp, 0, h.padded * sizeof *dp);
                 continue;
             }
-            softmax_row(s, h, L[first + n]);
+            softmax_row(s, h, stats[2 * (first + n)], stats[2 * (first + n) + 1]);
             vec sum = _mm512_setzero_ps();
             for (long m = 0; m < h.padded; m += 16) sum += _mm512_loadu_ps(s + m) * _mm512_loadu_ps(dp + m);
             const vec less = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), scale = _mm512_set1_ps(h.scale);
@@ -151,9 +152,9 @@ static void backward(Head h, const uint16_t *q, const uint16_t *k, const uint16_
         }
 }
 
-// qkv (B, N, 3, heads, d), d a multiple of 32, to o (B, N, heads, d) and L (B, heads, N), the logarithms of sums; or,
-// where do is given, to the gradient of qkv. Returns 1 if there was no memory.
-static int attention_of(const uint16_t *qkv, uint16_t *o, float *L, const uint16_t *d_o, uint16_t *dqkv, long B, long N,
+// qkv (B, N, 3, heads, d), d a multiple of 32, to o (B, N, heads, d) and stats (B, heads, N, 2), the greatest q k
+// and one over the sum; or, where do is given, to the gradient of qkv. Returns 1 if there was no memory.
+static int attention_of(const uint16_t *qkv, uint16_t *o, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B, long N,
                         long heads, long d, int threads) {
     long padded = (N + COLS - 1) / COLS * COLS, all = heads * d;
     Head h = {N, padded, d, 3 * all, all, 1 / sqrtf((float)d)};
@@ -174,20 +175,20 @@ static int attention_of(const uint16_t *qkv, uint16_t *o, float *L, const uint16
             const uint16_t *q = qkv + from, *k = q + all, *v = k + all;
             if (d_o) {
                 uint16_t *dq = dqkv + from;
-                backward(h, q, k, v, d_o + to, L + i * N, dq, dq + all, dq + 2 * all, scratch);
-            } else forward(h, q, k, v, o + to, L + i * N, scratch);
+                backward(h, q, k, v, d_o + to, stats + 2 * i * N, dq, dq + all, dq + 2 * all, scratch);
+            } else forward(h, q, k, v, o + to, stats + 2 * i * N, scratch);
         }
         free(scratch);
     }
     return failed;
 }
 
-int attention(const uint16_t *qkv, uint16_t *o, float *L, long B, long N, long heads, long d, int threads) {
-    return attention_of(qkv, o, L, NULL, NULL, B, N, heads, d, threads);
+int attention(const uint16_t *qkv, uint16_t *o, float *stats, long B, long N, long heads, long d, int threads) {
+    return attention_of(qkv, o, stats, NULL, NULL, B, N, heads, d, threads);
 }
 
-int attention_gradient(const uint16_t *qkv, float *L, const uint16_t *d_o, uint16_t *dqkv, long B, long N, long heads,
+int attention_gradient(const uint16_t *qkv, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B, long N, long heads,
                        long d, int threads) {
-    return attention_of(qkv, NULL, L, d_o, dqkv, B, N, heads, d, threads);
+    return attention_of(qkv, NULL, stats, d_o, dqkv, B, N, heads, d, threads);
 }
 #endif

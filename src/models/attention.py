@@ -56,30 +56,30 @@ def attend(qkv: Tensor) -> Tensor:
 
 
 def _fast(qkv: Tensor) -> bool:
-    """Whether attention.c takes it."""
-    half = kernel.known(qkv) and qkv.dtype == torch.bfloat16
-    return (
-        half and qkv.numel() > 0 and qkv.is_contiguous() and qkv.shape[-1] % STEP == 0 and kernel.multiplies_bfloat16()
-    )
+    """Whether attention.c takes it; of fewer heads than threads, which each take one, only some."""
+    if not kernel.known(qkv) or qkv.dtype != torch.bfloat16 or not qkv.numel() or qkv.shape[-1] % STEP:
+        return False
+    busy = 2 * qkv.shape[0] * qkv.shape[3] >= torch.get_num_threads()
+    return busy and qkv.is_contiguous() and kernel.in_bfloat16(qkv) and kernel.multiplies_bfloat16()
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps its input and a number for each query."""
+    """Keeps its input and two numbers for each query; its gradient has none."""
 
     @staticmethod
     def forward(ctx, qkv):  # type: ignore[no-untyped-def]
         B, N, _, heads, d = qkv.shape
         out = qkv.new_empty((B, N, heads, d))
-        logs = qkv.new_empty((B, heads, N), dtype=torch.float32)
-        kernel.run("attention", (qkv, out, logs), B, N, heads, d)
-        ctx.save_for_backward(qkv, logs)
+        stats = qkv.new_empty((B, heads, N, 2), dtype=torch.float32)
+        kernel.run("attention", (qkv, out, stats), B, N, heads, d)
+        ctx.save_for_backward(qkv, stats)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        qkv, logs = ctx.saved_tensors
+        qkv, stats = (v.contiguous() for v in ctx.saved_tensors)
         B, N, _, heads, d = qkv.shape
         dqkv = torch.empty_like(qkv)
-        kernel.run("attention_gradient", (qkv, logs, dout.bfloat16().contiguous(), dqkv), B, N, heads, d)
+        kernel.run("attention_gradient", (qkv, stats, dout.bfloat16().contiguous(), dqkv), B, N, heads, d)
         return dqkv

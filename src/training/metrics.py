@@ -25,8 +25,9 @@ class TrainMetrics(Callback):
 
     Columns under `system/`: `memory_bytes`, see `hardware.memory_bytes`; `peak_share`, the operations of forward and
     backward passes (three forward passes' worth) a second over what the devices' matrix multiplications reach, measured
-    at the start; `checkpoint_seconds` and `checkpoint_bytes` of the latest checkpoint; `wall_seconds` since the run
-    began. `train/loss_by_level/<i>` is the mean loss in bin i of `by_level.BINS`, of which trackers get a histogram.
+    at the start, and more than one where convolutions take fewer (`Conv3x3`); `checkpoint_seconds` and
+    `checkpoint_bytes` of the latest checkpoint; `wall_seconds` since the run began. `train/loss_by_level/<i>` is the
+    mean loss in bin i of `by_level.BINS`, of which trackers get a histogram.
 
     Args:
         every_n_steps: optimiser steps between two rows.

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from src.models import convolution, kernel
 from src.models.convolution import Conv3x3
 from src.training.summary import flops_per_image
+
+pytestmark = pytest.mark.usefixtures("products")
 
 CHANNELS_LAST = torch.channels_last
 SHAPES = {  # images, channels, of the output, height, width
@@ -15,15 +18,9 @@ SHAPES = {  # images, channels, of the output, height, width
     "one tile a row": (5, 32, 32, 9, 2),
     "one pixel wide": (3, 96, 32, 4, 1),
     "two pixels": (1, 32, 32, 1, 2),
-    "many tiles": (2, 32, 96, 30, 34),
+    "two blocks of tiles": (3, 32, 96, 30, 34),
     "wide": (1, 512, 256, 4, 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def _needs_what_the_c_knows():
-    if not kernel.multiplies_bfloat16():
-        pytest.skip("no C compiler, or a CPU that does not multiply bfloat16")
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def by_torch(conv, x, dy, dtype):
 
 
 def error(value, exact):
-    return float((value - exact).norm() / exact.norm())
+    return float(((value - exact).norm() / exact.norm()).detach())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -86,8 +83,8 @@ def test_values_and_gradients_are_those_of_float64_up_to_roundings(shape):
     exact = by_torch(*case, torch.float64)
     theirs = by_torch(*case, torch.bfloat16)
     for name, a, b, c in zip(("y", "dx", "dweight"), ours(*case), theirs, exact, strict=False):
-        assert error(a, c) < 6e-3, name
-        assert error(a, c) < 3.5 * error(b, c), name
+        assert error(a, c) < 5e-3, name
+        assert error(a, c) < 2.8 * error(b, c), name
     assert error(ours(*case)[3], exact[3]) < 1e-6
 
 
@@ -103,7 +100,7 @@ def test_what_is_rounded_has_no_bias():
 
 
 def test_every_bit_is_the_same_for_any_number_of_threads(threads):
-    case = layer_and_images(5, 64, 96, 12, 14)
+    case = layer_and_images(14, 64, 96, 12, 14)  # two blocks of tiles, the second with one alone
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
@@ -169,6 +166,9 @@ def test_without_autocast_what_is_bfloat16_is_taken():
     gradients = torch.autograd.grad(y, conv.parameters(), dy)
     assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
     assert torch.equal(gradients[0], expected[2].bfloat16())
+    conv.bias.data = conv.bias.data.float()
+    with pytest.raises(RuntimeError, match="type"):
+        conv(x)
 
 
 def test_images_that_are_not_rounded_yet_are_by_autocast():
@@ -217,6 +217,52 @@ def test_what_is_kept_for_the_gradient_is_the_input():
     assert [v.data_ptr() for v in kept] == [x.data_ptr(), conv.weight.data_ptr()]
 
 
+def test_what_is_kept_may_come_back_in_another_layout():
+    """As from the CPU, with torch.autograd.graph.save_on_cpu."""
+    conv, x, dy = layer_and_images(2, 32, 64, 6, 6)
+    expected = ours(conv, x, dy)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda v: v.contiguous(), lambda v: v),
+    ):
+        y = conv(x)
+    for a, b in zip(torch.autograd.grad(y, (x, conv.weight, conv.bias), dy), expected[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["padding_mode", "stride", "dilation", "padding", "weight", "bias", "sizes"])
+def test_what_is_changed_after_it_was_made_is_seen(name):
+    conv, x, _ = layer_and_images(1, 32, 32, 8, 8)
+    changes = {
+        "padding_mode": {"padding_mode": "circular", "_reversed_padding_repeated_twice": [1, 1, 1, 1]},
+        "stride": {"stride": (2, 2)},
+        "dilation": {"dilation": (2, 2)},
+        "padding": {"padding": (0, 0)},
+        "weight": {"weight": nn.Parameter(conv.weight[:16]), "bias": nn.Parameter(conv.bias[:16])},
+        "bias": {"bias": nn.Parameter(torch.zeros(1).expand(32))},
+        "sizes": {"weight": nn.Parameter(conv.weight[:, :, :1, :1].clone())},
+    }
+    for key, value in changes[name].items():
+        setattr(conv, key, value)
+    with torch.no_grad():
+        expected = conv(x.float().contiguous())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+    assert y.shape == expected.shape
+    assert error(y.float(), expected) < 1e-2
+
+
+def test_transformations_of_functions_are_torchs():
+    conv, x, _ = layer_and_images(2, 32, 32, 6, 6)
+    conv, x = conv.bfloat16(), x.detach()
+    _, y = torch.func.jvp(conv, (x,), (x,))
+    assert error(y.float(), F.conv2d(x, conv.weight, padding=1).float()) < 1e-2
+    each = torch.func.vmap(lambda v: conv(v[None])[0])(x)
+    assert error(each.float(), conv(x).float()) < 1e-2
+    with torch.autograd.forward_ad.dual_level():
+        assert not conv._fast(x)
+
+
 def test_weights_that_change_before_the_gradient_are_seen():
     conv, x, dy = layer_and_images(2, 32, 64, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -239,5 +285,8 @@ def test_a_library_that_convolves_wrongly_is_not_used(monkeypatch):
     assert kernel._convolves(functions)
     monkeypatch.setattr(functions, "winograd", lambda *_: 0)
     assert not kernel._convolves(functions)
+    assert not kernel._right(functions)
+    monkeypatch.undo()
+    monkeypatch.setattr(functions, "winograd_gradient", lambda *_: 0)
     assert not kernel._right(functions)
     assert convolution.STEP == 32  # which _convolves takes

@@ -8,6 +8,8 @@ from src.models import kernel
 from src.models.norm import GroupNorm
 from src.training.trainer import TrainerSettings
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 SHAPES = {"square": (3, 12, 8, 8), "rectangle": (2, 24, 9, 7), "one pixel wide": (2, 8, 5, 1), "many": (1, 4, 20, 16)}
 
 
@@ -32,12 +34,6 @@ def exact(norm, x, silu):
     y = F.group_norm(inputs[0], norm.num_groups, inputs[1], inputs[2], norm.eps)
     y = F.silu(y) if silu else y
     return y, gradients(y, inputs)
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_compiler():
-    if kernel.library() is None:
-        pytest.skip("no C compiler")
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -159,6 +155,33 @@ def test_it_is_compiled_once(chosen, tmp_path):
     before = made.stat().st_mtime_ns
     assert chosen()
     assert made.stat().st_mtime_ns == before
+
+
+def test_products_that_a_compiler_does_not_know_leave_the_rest(chosen, tmp_path):
+    """As one that fails at them, and one whose products are wrong."""
+    cc = tmp_path / "cc"
+    cc.write_text(f'#!/bin/bash\n[[ "$*" == *-DNO_PRODUCTS* ]] || exit 1\nexec {kernel.c_compiler()} "$@"\n')
+    cc.chmod(0o755)
+    assert chosen(CC=str(cc))
+    assert not kernel.multiplies_bfloat16()
+    assert kernel.can_take(norm_and_images((2, 8, 4, 4))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_checked_does_not_depend_on_torchs_defaults(chosen, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert chosen()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_kept_may_come_back_in_another_layout():
+    norm, x = norm_and_images((2, 8, 4, 4))
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: v.contiguous(), lambda v: v):
+        y = norm(x)
+    assert torch.equal(gradients(y, [x])[0], gradients(norm(x), [x])[0])
 
 
 def test_what_is_asked_for_is_not_overruled():
