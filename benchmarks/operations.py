@@ -19,8 +19,8 @@ from src.models.convolution import Conv3x3
 from src.models.norm import GroupNorm
 
 CONVOLUTIONS = [  # images, channels in and out, height
-    *((16, 128, 128, 32), (16, 384, 128, 32), (16, 256, 256, 16), (16, 512, 256, 16), (16, 256, 256, 8)),
-    *((16, 256, 256, 4), (16, 64, 64, 32), (16, 128, 128, 16)),
+    *((16, 128, 128, 32), (16, 512, 256, 16), (16, 256, 256, 8), (16, 256, 256, 4)),
+    *((16, 64, 64, 32), (16, 128, 128, 16)),
 ]
 ATTENTIONS = [(16, 256, 1, 256), (16, 64, 1, 128), (64, 256, 6, 64)]  # images, positions, heads, channels of a head
 NORMS = [(16, 128, 32), (16, 256, 16)]  # images, channels, height
@@ -30,12 +30,13 @@ OURS, FIRST, LAST = "ours", "torch", "torch, channels-last"
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
     rows, results = [], {}
     for name, layers, x in cases():
-        exact = gradients(deepcopy(layers[FIRST]).double(), x.double())
-        errors = [error(gradients(layers[key], laid(x, key)), exact) for key in (OURS, FIRST)]
+        few = x[:2]
+        exact = gradients(deepcopy(layers[FIRST]).double(), few.double())
+        errors = [error(gradients(layers[key], laid(few, key)), exact) for key in (OURS, FIRST)]
         rounds = interleave({key: turn(layer, laid(x, key)) for key, layer in layers.items()}, OURS, args.rounds)
         theirs = [spread(rounds.ratios(key, OURS)) if key in layers else "" for key in (FIRST, LAST)]
         ratios = [*theirs, spread(rounds.control_ratios())]

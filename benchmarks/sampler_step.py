@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--loops", type=int, default=3, help="from noise to images, a turn, after one that is not timed"
     )
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     args = parser.parse_args()

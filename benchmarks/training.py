@@ -88,7 +88,6 @@ def contenders_of(size: str, batch: int) -> dict[str, Contender]:
     return {
         "ours": of("ours", overrides=[]),
         "ours, 32-true": of("ours", overrides=["trainer.precision=32-true"]),
-        "ours, channels-first": of("ours", overrides=["trainer.channels_last=false"]),
         "diffusers": of("diffusers"),
         "diffusers, bf16": of("diffusers", precision="bf16"),
         "diffusers, bf16, channels_last": of("diffusers", precision="bf16", channels_last=True),

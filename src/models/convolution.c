@@ -27,7 +27,7 @@ int products_known(void) {
 enum {
     TILES = 56,  // of one block of a forward pass: V and M stay in a cache of 1 MB, up to 500 channels
     APART = 32,  // numbers between places, which a cache would put one over the other
-    DEPTH = 256, // pairs of tiles of one block of a filter's gradient: threads wait for each other twice a block
+    DEPTH = 128, // pairs of tiles of one block of a filter's gradient: threads wait for each other twice a block
 };
 
 // ---- Tiles ----

@@ -1,5 +1,7 @@
 """3x3 convolutions, which are most of what a U-Net computes."""
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -64,15 +66,24 @@ class _Winograd(torch.autograd.Function):
         return dx, dweight, dbias  # which autograd casts
 
 
+_kept = threading.local()
+
+
+def _room(count: int) -> Tensor:
+    """So many bfloat16 of this thread: what is taken and freed between images would leave holes that nothing fits."""
+    if not hasattr(_kept, "room") or len(_kept.room) < count:
+        _kept.room = torch.empty(count, dtype=torch.bfloat16, device="cpu")
+    return _kept.room
+
+
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
     """The convolution, or `turned` that which takes the gradient of its output to that of its input."""
     weight = weight.detach().float().contiguous(memory_format=torch.channels_last)
     D, C = weight.shape[:2]
-    filters = x.new_empty(16 * D * C)
-    kernel.run("winograd_turned_filters" if turned else "winograd_filters", (weight, filters), C, D)
-    if turned:
-        D, C = C, D
     B, _, H, W = x.shape
-    y = torch.empty((B, D, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    kernel.run("winograd", (x, filters, bias, y), B, H, W, C, D)
+    shape = (B, C if turned else D, H, W)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    filters = _room(16 * D * C)
+    kernel.run("winograd_turned_filters" if turned else "winograd_filters", (weight, filters), C, D)
+    kernel.run("winograd", (x, filters, bias, y), B, H, W, x.shape[1], y.shape[1])
     return y
