@@ -60,10 +60,9 @@ static void product(long M, Left a, const uint32_t *b, long K, float *m, long m_
     for (; groups > 0; groups--) {
         int rows = (int)((M + groups - 1) / groups);
         switch (rows) {
-#define OF(R)                                         \
-    case R:                                           \
-        if (add) product_of(R, a, b, K, m, m_row, 1); \
-        else product_of(R, a, b, K, m, m_row, 0);     \
+#define OF(R)                                   \
+    case R:                                     \
+        product_of(R, a, b, K, m, m_row, add);  \
         break;
             OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12) OF(13) OF(14)
 #undef OF
