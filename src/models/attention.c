@@ -1,6 +1,6 @@
-// softmax(q k^T / sqrt(d)) v in bfloat16, a block of queries at a time, so that no matrix of all queries and keys is kept:
-// the backward pass computes it anew (Dao et al. 2022, "FlashAttention", Sec. 3.1), from the greatest logit and the sum of
-// each query, kept apart: the logarithm of sums that is usual would lose the digits behind those of the logits.
+// softmax(q k^T / sqrt(d)) v in bfloat16, a block of queries at a time, so that no matrix of all queries and keys is
+// kept: the backward pass computes it anew (Dao et al. 2022, "FlashAttention", Sec. 3.1), from the greatest logit and the
+// sum of each query, kept apart: the logarithm of sums that is usual would lose the digits behind those of the logits.
 // Logits, softmax and all sums are float; the softmax and its gradient are rounded once, to be multiplied.
 #include <math.h>
 
@@ -57,7 +57,8 @@ INLINE __mmask16 inside(Head h, long m) { return m + 16 <= h.N ? 0xffff : m < h.
 INLINE float greatest(const float *S, Head h) {
     const vec least = _mm512_set1_ps(-INFINITY);
     vec most = least;
-    for (long m = 0; m < h.padded; m += 16) most = _mm512_max_ps(_mm512_mask_loadu_ps(least, inside(h, m), S + m), most);
+    for (long m = 0; m < h.padded; m += 16)
+        most = _mm512_max_ps(_mm512_mask_loadu_ps(least, inside(h, m), S + m), most);
     return _mm512_reduce_max_ps(most);
 }
 
@@ -154,8 +155,8 @@ static void backward(Head h, const uint16_t *q, const uint16_t *k, const uint16_
 
 // qkv (B, N, 3, heads, d), d a multiple of 32, to o (B, N, heads, d) and stats (B, heads, N, 2), the greatest q k
 // and one over the sum; or, where do is given, to the gradient of qkv. Returns 1 if there was no memory.
-static int attention_of(const uint16_t *qkv, uint16_t *o, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B, long N,
-                        long heads, long d, int threads) {
+static int attention_of(const uint16_t *qkv, uint16_t *o, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B,
+                        long N, long heads, long d, int threads) {
     long padded = (N + COLS - 1) / COLS * COLS, all = heads * d;
     Head h = {N, padded, d, 3 * all, all, 1 / sqrtf((float)d)};
     long numbers = d_o ? 5 * padded * d / 2 + 2 * padded * d + QUERIES * (7 * padded / 2 + COLS)
@@ -187,8 +188,8 @@ int attention(const uint16_t *qkv, uint16_t *o, float *stats, long B, long N, lo
     return attention_of(qkv, o, stats, NULL, NULL, B, N, heads, d, threads);
 }
 
-int attention_gradient(const uint16_t *qkv, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B, long N, long heads,
-                       long d, int threads) {
+int attention_gradient(const uint16_t *qkv, float *stats, const uint16_t *d_o, uint16_t *dqkv, long B, long N,
+                       long heads, long d, int threads) {
     return attention_of(qkv, NULL, stats, d_o, dqkv, B, N, heads, d, threads);
 }
 #endif

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from src.models import kernel
 
 FEW = 128  # positions: below, on a CPU in bfloat16, the gradient of torch's fused kernel costs more than it saves
-STEP = 32  # channels of a head that the C takes at a time
 
 
 class Attention(nn.Module):
@@ -57,7 +56,7 @@ def attend(qkv: Tensor) -> Tensor:
 
 def _fast(qkv: Tensor) -> bool:
     """Whether attention.c takes it; of fewer heads than threads, which each take one, only some."""
-    if not kernel.known(qkv) or qkv.dtype != torch.bfloat16 or not qkv.numel() or qkv.shape[-1] % STEP:
+    if not kernel.known(qkv) or qkv.dtype != torch.bfloat16 or not qkv.numel() or qkv.shape[-1] % kernel.STEP:
         return False
     busy = 2 * qkv.shape[0] * qkv.shape[3] >= torch.get_num_threads()
     return busy and qkv.is_contiguous() and kernel.in_bfloat16(qkv) and kernel.multiplies_bfloat16()

@@ -27,7 +27,7 @@ int products_known(void) {
 enum {
     TILES = 56,  // of one block of a forward pass: V and M stay in a cache of 1 MB, up to 500 channels
     APART = 32,  // numbers between places, which a cache would put one over the other
-    DEPTH = 128, // pairs of tiles of one block of a filter's gradient: threads wait for each other twice a block
+    DEPTH = 128,  // pairs of tiles of one block of a filter's gradient: threads wait for each other twice a block
 };
 
 // ---- Tiles ----
@@ -249,7 +249,8 @@ int winograd_gradient(const uint16_t *x, const uint16_t *dy, float *dw, float *d
                     input_transform(x_at[0], c, even);
                     input_transform(x_at[1], c, odd);
                     for (int p = 0; p < 16; p++)
-                        store_pairs(V + p * V_place + (c / COLS * K + k) * COLS + c % COLS, even[p / 4][p % 4], odd[p / 4][p % 4]);
+                        store_pairs(V + p * V_place + (c / COLS * K + k) * COLS + c % COLS, even[p / 4][p % 4],
+                                    odd[p / 4][p % 4]);
                 }
                 for (long c = 0; c < O; c += 16) {
                     output_adjoint(dy_at[0], c, even);

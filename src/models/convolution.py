@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from src.models import kernel
 from src.models.patches import is_channels_last
 
-STEP = 32  # channels that the C takes at a time
 USUAL = ((1, 1), (1, 1), (1, 1), 1, "zeros")  # stride, padding, dilation, groups and what is around an image
 
 
@@ -36,7 +35,7 @@ class Conv3x3(nn.Conv2d):
         if b is None or not kernel.known(x) or x.ndim != 4 or not x.numel() or not is_channels_last(x):
             return False
         (C, D), plain = (x.shape[1], len(b)), type(w) in (nn.Parameter, Tensor)
-        shaped = w.shape == (D, C, 3, 3) and b.ndim == 1 and C % STEP == D % STEP == 0
+        shaped = w.shape == (D, C, 3, 3) and b.ndim == 1 and C % kernel.STEP == D % kernel.STEP == 0
         placed = w.device == b.device == x.device
         usual = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode) == USUAL
         return plain and shaped and placed and usual and kernel.in_bfloat16(x, w, b) and kernel.multiplies_bfloat16()

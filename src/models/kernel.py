@@ -24,6 +24,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("group_norm.c", "dropout.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = ("-mprefer-vector-width=512",)  # of x86
 SECONDS = 120  # that a compiler may take; it takes four
+STEP = 32  # channels that products of bfloat16 take at a time: COLS of products.h
 KEPT = [int(bit) for bit in "01101110011010000100010111000001"]  # of the key 1, at p = 1/2
 DTYPES = (torch.float32, torch.bfloat16)
 _one_at_a_time = threading.Lock()  # compiles

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.models import convolution, kernel
+from src.models import kernel
 from src.models.convolution import Conv3x3
 from src.training.summary import flops_per_image
 
@@ -289,4 +289,4 @@ def test_a_library_that_convolves_wrongly_is_not_used(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(functions, "winograd_gradient", lambda *_: 0)
     assert not kernel._right(functions)
-    assert convolution.STEP == 32  # which _convolves takes
+    assert kernel.STEP == 32  # which _convolves takes

@@ -62,13 +62,12 @@ def test_the_gradient_is_masked_alike_and_types_stay():
     assert torch.equal(x.grad != 0, y != 0)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 7, 9, 3), (4, 8, 8, 8), (3, 33)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_compiled_one_is_the_same_to_the_bit(monkeypatch, shape, dtype, threads):
     """Values, signs of what is dropped, gradients; in either memory format, of an odd number of elements too."""
-    if kernel.library() is None:
-        pytest.skip("no C compiler")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = torch.randn(shape).to(dtype)
     dy = torch.randn(shape).to(dtype)
@@ -110,10 +109,9 @@ def test_the_gradient_has_a_gradient():
     assert torch.equal(second, (y != 0) * 2.0)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_compiled_one_keeps_no_mask():
     """A mask takes as much memory as the images."""
-    if kernel.library() is None:
-        pytest.skip("no C compiler")
     saved = []
     x = torch.randn(4, 8, 8, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
